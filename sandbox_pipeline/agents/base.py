@@ -1,0 +1,84 @@
+"""The contract of an agent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from sandbox_pipeline.config import AgentConfig
+from sandbox_pipeline.records import AgentResult
+from sandbox_pipeline.redaction import Redactor
+from sandbox_pipeline.sandboxes.base import Network, Sandbox
+
+PROMPT_FILE = "prompt.txt"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one fork's agent has to do.
+
+    Attributes:
+        prompt_path: of the prompt inside the sandbox, byte for byte what the person typed.
+        artifacts: folder on this machine for transcript and logs of this fork; exists.
+        environ: this machine's environment, for keys by name and `env_from`.
+        attempt: 1-based; a new attempt is a new run of the agent in a fresh sandbox.
+    """
+
+    workflow_id: str
+    fork_num: int
+    attempt: int
+    prompt: str
+    prompt_path: str
+    model: str
+    config: AgentConfig
+    artifacts: Path
+    environ: Mapping[str, str]
+    redactor: Redactor
+
+
+class Reporter(Protocol):
+    """Hears how an agent is doing."""
+
+    async def progress(self, text: str, *, cost_usd: float | None = None) -> None:
+        """One short line for the live display, such as `turn 4, Edit`; called often."""
+        ...
+
+    async def event(self, name: str, payload: Mapping[str, Any]) -> None:
+        """Something worth keeping in the timeline; called seldom."""
+        ...
+
+
+class Agent(Protocol):
+    """Runs prompts. Instances are made without arguments and hold no state of a fork."""
+
+    kind: str
+    """As in `agent.kind`."""
+    network: Network
+    """The least network that it needs; what `sandbox.network: auto` becomes."""
+
+    def validate(self, config: AgentConfig, environ: Mapping[str, str]) -> None:
+        """Check what can be known before anything is created.
+
+        Raises:
+            ConfigError: naming the field or the variable and the remedy.
+        """
+        ...
+
+    def mounts(self, config: AgentConfig, environ: Mapping[str, str]) -> Mapping[str, str]:
+        """Host path to path inside, read-only, of what the agent needs in a local sandbox."""
+        ...
+
+    async def run(self, sandbox: Sandbox, task: Task, reporter: Reporter) -> AgentResult:
+        """Start the agent, or go on following it if it already runs, to its end.
+
+        Called again for the same sandbox and attempt after a crash, and must then not run the
+        prompt a second time. A failing agent is a result. Writes `transcript.jsonl` and the raw
+        output to `task.artifacts`, redacted.
+
+        Raises:
+            AgentError: the agent's answer can't be read.
+            ProviderError: the sandbox failed.
+        """
+        ...

@@ -1,0 +1,187 @@
+"""Runs a command inside a sandbox apart from this process, and follows it by its files.
+
+The command's output and exit code go to files in the sandbox. A dropped connection, a
+restarted orchestrator and a three-hour agent are then the same case: look at the files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sandbox_pipeline.errors import AgentError, FailureClass
+from sandbox_pipeline.sandboxes.base import STATE_DIR, WORKSPACE, Command, Sandbox
+
+KILL_AFTER_SECONDS = 5
+CHUNK_BYTES = 1_000_000
+LIVENESS_CHECK_SECONDS = 10.0
+OVERDUE_SECONDS = 30.0
+
+OnOutput = Callable[[str, bytes], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A long command.
+
+    Attributes:
+        stdin_path: file inside the sandbox that becomes its standard input.
+        timeout_seconds: then SIGINT, and SIGKILL `KILL_AFTER_SECONDS` later, from inside.
+        max_output_bytes: of each stream; what comes after is counted and dropped.
+    """
+
+    argv: Sequence[str]
+    timeout_seconds: float
+    max_output_bytes: int
+    cwd: str = WORKSPACE
+    env: Mapping[str, str] = field(default_factory=dict[str, str])
+    stdin_path: str = "/dev/null"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a job ended.
+
+    Attributes:
+        exit_code: as a shell reports it, 128 + n for signal n.
+        seconds: how long it ran, by the sandbox's own clock.
+        dropped_bytes: output beyond `max_output_bytes`, both streams.
+    """
+
+    exit_code: int
+    timed_out: bool
+    seconds: float
+    dropped_bytes: int
+
+
+# mkdir is atomic: a second start of the same job finds `started` and does nothing. dd copies
+# what a read gives at once (head -c would hold it back in its buffer) and stops at the cap;
+# wc then drains and counts the rest, so that the command never blocks on a full pipe. Children
+# that outlive the command may hold the pipes open, so the wait for the copies is bounded.
+_SCRIPT = """\
+cd {folder} || exit 1
+mkdir started 2>/dev/null || exit 0
+echo $$ > pid
+mkfifo out.pipe err.pipe
+(dd of=stdout bs=65536 iflag=count_bytes count={cap} status=none; wc -c > stdout.dropped) < out.pipe &
+out=$!
+(dd of=stderr bs=65536 iflag=count_bytes count={cap} status=none; wc -c > stderr.dropped) < err.pipe &
+err=$!
+read -r began rest < /proc/uptime
+(cd {cwd} && {env}exec timeout --signal=INT --kill-after={kill_after} {seconds} {argv}) \\
+  < {stdin} > out.pipe 2> err.pipe
+code=$?
+read -r ended rest < /proc/uptime
+(sleep 2; kill $out $err) 2>/dev/null &
+watchdog=$!
+wait $out $err
+kill $watchdog 2>/dev/null
+dropped=$(cat stdout.dropped stderr.dropped 2>/dev/null | awk '{{n += $1}} END {{print n + 0}}')
+echo "$code $began $ended $dropped" > exit.tmp
+mv exit.tmp exit
+"""
+
+
+def folder_of(name: str) -> str:
+    """Where a job's files are inside the sandbox."""
+    return f"{STATE_DIR}/{name}"
+
+
+async def run_detached(sandbox: Sandbox, name: str, job: Job, on_output: OnOutput) -> Finished:
+    """Start a job unless it was started before, and follow it to its end.
+
+    Args:
+        sandbox: where it runs.
+        name: of the job; the same name in the same sandbox is the same job.
+        job: what to run.
+        on_output: hears `("stdout" | "stderr", bytes)`, from the first byte on, also where
+            the job was started by an earlier process.
+
+    Raises:
+        AgentError: the job's own runner was killed from within.
+        ProviderError: the sandbox failed.
+    """
+    folder = folder_of(name)
+    await _start(sandbox, folder, job)
+    return await _follow(sandbox, folder, job, on_output)
+
+
+async def interrupt(sandbox: Sandbox, name: str) -> None:
+    """Ask a job to stop with SIGINT, as its time-out would."""
+    script = "pkill -INT -P $(cat pid) timeout || true"
+    await sandbox.run(Command(["sh", "-c", script], cwd=folder_of(name)))
+
+
+async def _start(sandbox: Sandbox, folder: str, job: Job) -> None:
+    script = _SCRIPT.format(
+        folder=shlex.quote(folder),
+        cap=job.max_output_bytes,
+        cwd=shlex.quote(job.cwd),
+        env="".join(f"export {name}={shlex.quote(text)}; " for name, text in job.env.items()),
+        kill_after=KILL_AFTER_SECONDS,
+        seconds=job.timeout_seconds,
+        argv=shlex.join(job.argv),
+        stdin=shlex.quote(job.stdin_path),
+    )
+    path = f"{folder}/run.sh"
+    await sandbox.write(path, script.encode("utf-8", "surrogateescape"))
+    launch = f"setsid nohup sh {shlex.quote(path)} < /dev/null > /dev/null 2>&1 &"
+    await sandbox.run(Command(["sh", "-c", launch]))
+
+
+async def _follow(sandbox: Sandbox, folder: str, job: Job, on_output: OnOutput) -> Finished:
+    offsets = {"stdout": 0, "stderr": 0}
+    loop = asyncio.get_running_loop()
+    began = checked = loop.time()
+    while True:
+        ended = await _read(sandbox, f"{folder}/exit", 0, 200)
+        grew = False
+        for stream in offsets:
+            while chunk := await _read(sandbox, f"{folder}/{stream}", offsets[stream], CHUNK_BYTES):
+                offsets[stream] += len(chunk)
+                grew = True
+                await on_output(stream, chunk)
+                if len(chunk) < CHUNK_BYTES:
+                    break
+        if ended:
+            if grew:
+                continue
+            return _finished(ended, job)
+        now = loop.time()
+        if now - checked > LIVENESS_CHECK_SECONDS:
+            checked = now
+            await _check_alive(sandbox, folder)
+        if now - began > job.timeout_seconds + KILL_AFTER_SECONDS + OVERDUE_SECONDS:
+            return Finished(137, timed_out=True, seconds=now - began, dropped_bytes=0)
+        # The pause bounds what a finished agent's sandbox idles, paid for, to 2% of its work.
+        await asyncio.sleep(min(1.0, max(0.02, 0.02 * (now - began))))
+
+
+async def _read(sandbox: Sandbox, path: str, offset: int, max_bytes: int) -> bytes:
+    try:
+        return await sandbox.read(path, offset=offset, max_bytes=max_bytes)
+    except FileNotFoundError:
+        return b""
+
+
+async def _check_alive(sandbox: Sandbox, folder: str) -> None:
+    script = "test -e exit || kill -0 $(cat pid)"
+    result = await sandbox.run(Command(["sh", "-c", script], cwd=folder))
+    if result.exit_code != 0:
+        msg = "the process that records the agent's exit code was killed inside the sandbox"
+        raise AgentError(FailureClass.AGENT_FAILED, msg)
+
+
+def _finished(ended: bytes, job: Job) -> Finished:
+    try:
+        code, began, end, dropped = ended.split()
+        seconds = float(end) - float(began)
+        exit_code = int(code)
+        dropped_bytes = int(dropped)
+    except ValueError as error:
+        msg = f"the sandbox's record of the agent's exit is unreadable: {ended[:80]!r}"
+        raise AgentError(FailureClass.BAD_RESULT, msg) from error
+    timed_out = exit_code in (124, 137) and seconds >= job.timeout_seconds
+    return Finished(exit_code, timed_out, seconds, dropped_bytes)

@@ -1,0 +1,93 @@
+"""An agent's raw output on its way to this machine: redacted, kept, and cut into lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from sandbox_pipeline.redaction import RedactedStream, Redactor
+
+MAX_LINE_BYTES = 65_536
+
+OnLine = Callable[[str, str], None]
+
+
+class OutputLog:
+    """Writes `stdout.log` and `stderr.log` anew and hands on each line.
+
+    Args:
+        folder: where the logs go.
+        redactor: cleans the bytes before anything else sees them.
+        on_line: hears `("stdout" | "stderr", line)`; undecodable bytes are replaced and a
+            line longer than `max_line_bytes` comes in pieces.
+        max_line_bytes: agents whose lines are JSON documents need more than the default.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        redactor: Redactor,
+        on_line: OnLine,
+        *,
+        max_line_bytes: int = MAX_LINE_BYTES,
+    ) -> None:
+        self._streams: dict[str, RedactedStream] = {}
+        self._partial: dict[str, bytearray] = {}
+        self._files = {name: (folder / f"{name}.log").open("wb") for name in ("stdout", "stderr")}
+        for name in self._files:
+            self._streams[name] = redactor.stream()
+            self._partial[name] = bytearray()
+        self._on_line = on_line
+        self._max_line_bytes = max_line_bytes
+        self.received_bytes = 0
+
+    @property
+    def leaked(self) -> bool:
+        """Whether a secret was found and removed."""
+        return any(stream.leaked for stream in self._streams.values())
+
+    async def feed(self, stream: str, chunk: bytes) -> None:
+        """Take the next bytes of a stream."""
+        self.received_bytes += len(chunk)
+        self._keep(stream, self._streams[stream].feed(chunk))
+
+    def finish(self) -> None:
+        """Take what was held back, once no more comes."""
+        for stream in self._files:
+            self._keep(stream, self._streams[stream].finish())
+            if self._partial[stream]:
+                self._emit(stream, bytes(self._partial[stream]))
+                self._partial[stream].clear()
+
+    def _keep(self, stream: str, data: bytes) -> None:
+        if not data:
+            return
+        self._files[stream].write(data)
+        self._files[stream].flush()
+        *lines, rest = data.split(b"\n")
+        partial = self._partial[stream]
+        for line in lines:
+            partial += line
+            self._emit(stream, bytes(partial))
+            partial.clear()
+        partial += rest
+        while len(partial) > self._max_line_bytes:
+            self._emit(stream, bytes(partial[: self._max_line_bytes]))
+            del partial[: self._max_line_bytes]
+
+    def _emit(self, stream: str, line: bytes) -> None:
+        self._on_line(stream, line.decode("utf-8", "replace").rstrip("\r"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for file in self._files.values():
+            file.close()

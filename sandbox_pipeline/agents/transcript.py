@@ -1,0 +1,93 @@
+"""Transcripts: append-only JSONL of what an agent said and did, one schema for all agents."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from sandbox_pipeline.records import Value
+from sandbox_pipeline.redaction import Redactor
+
+MAX_TEXT = 100_000
+MAX_TRANSCRIPT_BYTES = 20_000_000
+
+EntryType = Literal[
+    "system", "prompt", "text", "thinking", "tool_use", "tool_result", "output", "result"
+]
+
+
+class Entry(Value):
+    """One line of a transcript.
+
+    Attributes:
+        time: seconds since 1970 at which it was read.
+        type: what it is; `output` is a line of a plain command.
+        name: of the tool, or `stdout` / `stderr`.
+        input: of a tool.
+        data: what else the agent reported, such as usage.
+    """
+
+    time: float
+    type: EntryType
+    text: str = ""
+    name: str | None = None
+    tool_use_id: str | None = None
+    input: dict[str, Any] | None = None
+    is_error: bool | None = None
+    data: dict[str, Any] | None = None
+
+
+class TranscriptWriter:
+    """Writes a transcript anew; redacts, and bounds each entry and the whole."""
+
+    def __init__(self, path: Path, redactor: Redactor) -> None:
+        self._file = path.open("wb")
+        self._redactor = redactor
+        self._written = 0
+        self.truncated = False
+        self.leaked = False
+
+    def add(self, entry_type: EntryType, text: str = "", **fields: Any) -> None:
+        """Append one entry; silently no more once the transcript is full (`truncated`)."""
+        if self.truncated:
+            return
+        if len(text) > MAX_TEXT:
+            text = f"{text[:MAX_TEXT]}… ({len(text)} characters)"
+        entry = Entry(time=time.time(), type=entry_type, text=text, **fields)
+        line = entry.model_dump_json(exclude_none=True, exclude_defaults=False).encode() + b"\n"
+        line, leaked = self._redactor.clean(line)
+        self.leaked = self.leaked or leaked
+        if self._written + len(line) > MAX_TRANSCRIPT_BYTES:
+            self.truncated = True
+            line = (
+                Entry(time=time.time(), type="system", text="transcript is full; the rest is in the logs")
+                .model_dump_json(exclude_none=True)
+                .encode()
+                + b"\n"
+            )
+        self._file.write(line)
+        self._file.flush()
+        self._written += len(line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def read_transcript(path: Path) -> list[Entry]:
+    """The entries of a transcript; a last line cut short by a crash is left out."""
+    entries: list[Entry] = []
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                entries.append(Entry.model_validate_json(line))
+    return entries

@@ -1,0 +1,387 @@
+"""What a person types: one validated model for launchpad, YAML files, command line, schedules."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sandbox_pipeline.errors import ConfigError
+
+WORKFLOW_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+DEMO_REPO = "demo"
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class AgentConfig(_Section):
+    """What works on the prompt inside the sandbox."""
+
+    kind: str = Field(
+        "command",
+        pattern=r"^[a-z][a-z0-9_]*$",
+        description="Which agent works on the prompt: 'command' runs any command line; others "
+        "plug in by the entry point group 'sandbox_pipeline.agents'.",
+    )
+    command: str | None = Field(
+        None,
+        description="Command line of the 'command' agent, split like a shell does but run without "
+        "one. {prompt_file}, {workspace}, {model} and {fork_num} are replaced in each argument.",
+    )
+    usage_format: str = Field(
+        "none",
+        pattern=r"^[a-z][a-z0-9-]*$",
+        description="How the 'command' agent reports tokens and cost on its standard output.",
+    )
+    timeout_seconds: float = Field(
+        7200,
+        gt=0,
+        le=86_400,
+        description="Longest time the agent may work, in seconds. It is then interrupted and, "
+        "5 seconds later, killed; the fork ends as 'timeout' and keeps its patch.",
+    )
+    max_turns: int = Field(
+        100, ge=1, le=10_000, description="Most model turns of one fork, for agents with turns."
+    )
+    max_budget_usd: float | None = Field(
+        None, gt=0, description="Most US dollars one fork may spend on the model; empty: no limit."
+    )
+    env: dict[str, str] = Field(
+        default_factory=dict,
+        description="Environment variables of the agent. Never put a secret here: it would be "
+        "stored with the run; use env_from.",
+    )
+    env_from: list[str] = Field(
+        default_factory=list,
+        description="Names of this machine's environment variables to hand to the agent, "
+        "secrets included. Their values are redacted from everything stored.",
+    )
+    max_output_mb: float = Field(
+        100,
+        gt=0,
+        le=10_000,
+        description="How much of each of the agent's output streams is kept, in MB (10^6 bytes); "
+        "the rest is dropped and the fork flagged.",
+    )
+
+    @field_validator("command", mode="before")
+    @classmethod
+    def _join_argv(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return shlex.join(str(part) for part in value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        return value
+
+    @field_validator("command")
+    @classmethod
+    def _command_splits(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        if "\0" in value:
+            msg = "must not contain a NUL byte"
+            raise ValueError(msg)
+        try:
+            argv = shlex.split(value)
+        except ValueError as error:
+            msg = f"is not a command line: {error}"
+            raise ValueError(msg) from error
+        if not argv:
+            msg = "must not be empty"
+            raise ValueError(msg)
+        return value
+
+    @field_validator("env_from")
+    @classmethod
+    def _env_names(cls, value: list[str]) -> list[str]:
+        return [_checked_env_name(name) for name in value]
+
+    @field_validator("env")
+    @classmethod
+    def _env_keys(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            _checked_env_name(name)
+            if "\0" in text:
+                msg = f"{name} must not contain a NUL byte"
+                raise ValueError(msg)
+        return value
+
+    @model_validator(mode="after")
+    def _command_given(self) -> Self:
+        if self.kind == "command" and self.command is None:
+            msg = "command is required when kind is 'command', for example: python3 agent.py {prompt_file}"
+            raise ValueError(msg)
+        return self
+
+
+class SandboxConfig(_Section):
+    """The isolated place each fork works in."""
+
+    provider: str = Field(
+        "auto",
+        pattern=r"^[a-z][a-z0-9_]*$",
+        description="Where forks run: 'local' (bubblewrap on this machine), 'e2b', or 'auto': "
+        "e2b when E2B_API_KEY is set and the provider is installed, else local.",
+    )
+    isolation: Literal["bubblewrap", "none"] = Field(
+        "bubblewrap",
+        description="How the local provider isolates. 'none' runs the agent as you, with your "
+        "files and network in reach: only for code and agents that you trust.",
+    )
+    network: Literal["auto", "none", "model_api", "full"] = Field(
+        "auto",
+        description="What a sandbox may reach: nothing, the model's API only, or everything. "
+        "'auto' is the least that the agent needs.",
+    )
+    setup_network: Literal["same", "none", "full"] = Field(
+        "same",
+        description="Network while setup_command runs; closed again before the agent starts.",
+    )
+    template: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_./:-]+$",
+        description="Provider's image to start from; empty: the provider's default.",
+    )
+    orphan_grace_seconds: float = Field(
+        600,
+        ge=10,
+        le=86_400,
+        description="How long a sandbox lives on, in seconds, once nothing extends its life: the "
+        "time in which a crashed run can be resumed and its agents re-attached.",
+    )
+    cpu: float | None = Field(
+        None, gt=0, le=256, description="CPU cores of each sandbox, where the provider can limit."
+    )
+    memory_mb: int | None = Field(
+        None, ge=64, le=1_048_576, description="Memory of each sandbox in MiB; empty: no limit."
+    )
+    disk_mb: int | None = Field(
+        None, ge=16, le=10_485_760, description="Disk space of each sandbox in MiB."
+    )
+    max_processes: int | None = Field(
+        None, ge=8, le=1_000_000, description="Most processes alive in one sandbox."
+    )
+    read_only_paths: list[str] = Field(
+        default_factory=list,
+        description="Absolute paths of this machine to show inside local sandboxes, read-only, at "
+        "the same place: toolchains outside /usr, caches.",
+    )
+
+    @field_validator("read_only_paths")
+    @classmethod
+    def _absolute(cls, value: list[str]) -> list[str]:
+        for path in value:
+            if not Path(path).is_absolute() or ".." in Path(path).parts or "\0" in path:
+                msg = f"{path!r} must be an absolute path without '..'"
+                raise ValueError(msg)
+        return value
+
+
+class HealthCheckConfig(_Section):
+    """The gate between a new sandbox and the agent."""
+
+    command: str | None = Field(
+        None,
+        description="Shell command run in the workspace; exit code 0 means healthy. Empty: the "
+        "workspace must be at the base commit and writable.",
+    )
+    attempts: int = Field(3, ge=1, le=100, description="How often the command is tried.")
+    interval_seconds: float = Field(
+        1, ge=0, le=600, description="Pause between two tries, in seconds."
+    )
+    timeout_seconds: float = Field(
+        60, gt=0, le=3600, description="Longest time one try may take, in seconds."
+    )
+
+
+class RetryConfig(_Section):
+    """How often a stage of a fork is tried when the provider fails."""
+
+    attempts: int = Field(3, ge=1, le=20, description="Most tries of one stage of one fork.")
+    initial_seconds: float = Field(1, ge=0, le=600, description="Pause before the second try.")
+    factor: float = Field(2, ge=1, le=10, description="Each further pause is this times longer.")
+    max_seconds: float = Field(
+        30,
+        ge=0,
+        le=3600,
+        description="Longest pause. A provider that asks for a longer one (Retry-After) fails "
+        "the fork as 'rate_limited'.",
+    )
+
+
+class RateLimitConfig(_Section):
+    """How fast sandboxes may be created, over all runs that share the store."""
+
+    starts: int = Field(5, ge=1, le=10_000, description="Most creations in any window.")
+    window_ms: int = Field(1000, ge=1, le=3_600_000, description="Length of the window, in ms.")
+
+
+class OrchestrationConfig(_Section):
+    """One request: a prompt, a repository, and how many forks work on it under which limits."""
+
+    workflow_id: str | None = Field(
+        None,
+        description="Name of this orchestration, [a-z0-9-]{1,63}. Running again with the same "
+        "name resumes it. Empty: made from the run.",
+    )
+    repo_url: str = Field(
+        DEMO_REPO,
+        min_length=1,
+        max_length=4096,
+        description="Repository the forks work on: https://…, a local path, or 'demo', the small "
+        "example that is made on the spot. Private: set GITHUB_TOKEN, never a token here.",
+    )
+    branch: str | None = Field(
+        None, max_length=255, description="Branch to start from; empty: the repository's own."
+    )
+    allow_file_urls: bool = Field(
+        default=False, description="Accept file:// in repo_url (local paths need no permission)."
+    )
+    prompt: str = Field(
+        ...,
+        min_length=1,
+        max_length=1_000_000,
+        description="What the agent is asked to do; handed over byte for byte, as a file.",
+    )
+    num_forks: int = Field(3, ge=1, le=1000, description="How many attempts are made.")
+    model: str = Field(
+        "sonnet",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,127}$",
+        description="Model the agent uses, by alias or full name.",
+    )
+    max_concurrent: int = Field(
+        5, ge=1, le=1000, description="Most sandboxes of this orchestration alive at any time."
+    )
+    setup_command: str | None = Field(
+        None,
+        min_length=1,
+        description="Shell command run once in the workspace before it is copied for the forks, "
+        "such as installing dependencies.",
+    )
+    setup_timeout_seconds: float = Field(
+        1800, gt=0, le=86_400, description="Longest time setup_command may take, in seconds."
+    )
+    agent: AgentConfig
+    sandbox: SandboxConfig = Field(default_factory=lambda: SandboxConfig())
+    health_check: HealthCheckConfig = Field(default_factory=lambda: HealthCheckConfig())
+    retry: RetryConfig = Field(default_factory=lambda: RetryConfig())
+    rate_limit: RateLimitConfig = Field(default_factory=lambda: RateLimitConfig())
+    fail_run_below_success_rate: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Fail the run when a smaller share of the forks succeeded; empty: never.",
+    )
+    max_patch_mb: float = Field(
+        50,
+        gt=0,
+        le=10_000,
+        description="How much of a fork's patch is kept, in MB (10^6 bytes); a larger one is cut "
+        "and flagged.",
+    )
+    artifacts_dir: str | None = Field(
+        None,
+        description="Folder for patches, transcripts and logs; empty: SANDBOX_PIPELINE_ARTIFACTS, "
+        "else 'artifacts' beside the Dagster instance.",
+    )
+
+    @field_validator("workflow_id")
+    @classmethod
+    def _workflow_id(cls, value: str | None) -> str | None:
+        if value is not None and not WORKFLOW_ID.fullmatch(value):
+            msg = "must be 1 to 63 of a-z, 0-9 and '-', not starting with '-'"
+            raise ValueError(msg)
+        return value
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt(cls, value: str) -> str:
+        if "\0" in value:
+            msg = "must not contain a NUL byte"
+            raise ValueError(msg)
+        if not value.strip():
+            msg = "must not be empty"
+            raise ValueError(msg)
+        return value
+
+    @field_validator("repo_url", "branch", "setup_command")
+    @classmethod
+    def _no_nul(cls, value: str | None) -> str | None:
+        if value is not None and "\0" in value:
+            msg = "must not contain a NUL byte"
+            raise ValueError(msg)
+        return value
+
+
+def parse_config(data: object, *, source: str = "configuration") -> OrchestrationConfig:
+    """Validate plain data as an orchestration.
+
+    Args:
+        data: a mapping, as read from YAML, JSON or the launchpad.
+        source: what the data came from, named in the error.
+
+    Raises:
+        ConfigError: one line for each wrong field: its path, the value, what is allowed.
+    """
+    if not isinstance(data, dict):
+        msg = f"{source}: expected a mapping of fields, got {type(data).__name__}"
+        raise ConfigError(msg)
+    try:
+        return OrchestrationConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source)) from None
+
+
+def load_config(path: Path) -> OrchestrationConfig:
+    """Read and validate one YAML file.
+
+    Raises:
+        ConfigError: naming the file and, where the YAML is readable, each wrong field.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        msg = f"{path}: no such file"
+        raise ConfigError(msg) from None
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"{path}: cannot be read: {error}"
+        raise ConfigError(msg) from error
+    except yaml.YAMLError as error:
+        msg = f"{path}: not valid YAML: {' '.join(str(error).split())}"
+        raise ConfigError(msg) from error
+    return parse_config(data, source=str(path))
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines: list[str] = []
+    for item in error.errors(include_url=False):
+        field = ".".join(str(part) for part in item["loc"]) or "configuration"
+        text = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            text = "is not a field of this configuration; see docs/configuration.md for the fields"
+        elif item["type"] == "missing":
+            text = "is required"
+        else:
+            text = f"{text} (got {_shown(item['input'])})"
+        lines.append(f"{source}: {field}: {text}")
+    return "\n".join(lines)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    text = re.sub(r"(\w+://)[^/@\s'\"]*@", r"\1***@", text)
+    return text if len(text) <= 120 else f"{text[:100]}… ({len(text)} characters)"
+
+
+def _checked_env_name(name: str) -> str:
+    if not ENV_NAME.fullmatch(name):
+        msg = f"{name!r} is not the name of an environment variable"
+        raise ValueError(msg)
+    return name

@@ -1,0 +1,332 @@
+"""Values that are stored and cross op boundaries; all frozen, unknown is `None`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from sandbox_pipeline.clock import Instant
+from sandbox_pipeline.config import OrchestrationConfig
+from sandbox_pipeline.errors import FailureClass
+
+
+class Outcome(StrEnum):
+    """How a fork stands; all but the first two are terminal, and terminal is final."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    SUCCESS = "success"
+    FAILED = "failed"
+    TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
+    BUDGET_EXCEEDED = "budget_exceeded"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the outcome can no longer change."""
+        return self not in (Outcome.PENDING, Outcome.RUNNING)
+
+
+class Stage(StrEnum):
+    """What a fork is doing; the order is that of the flow."""
+
+    QUEUE = "queue"
+    CREATE = "create"
+    HEALTH = "health"
+    AGENT = "agent"
+    METRICS = "metrics"
+    CLEANUP = "cleanup"
+    DONE = "done"
+
+
+class SandboxState(StrEnum):
+    """How a sandbox stands; never overwrites its fork's outcome."""
+
+    INTENT = "intent"
+    UNKNOWN = "unknown"
+    LIVE = "live"
+    KILLING = "killing"
+    GONE = "gone"
+
+
+class Control(StrEnum):
+    """What people asked of a running orchestration."""
+
+    RUN = "run"
+    CANCEL = "cancel"
+
+
+class Value(BaseModel):
+    """Base of the parts of records."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Record(Value):
+    """Base of what is stored under a state key.
+
+    Attributes:
+        version: the compare-and-set token; 0 for a record that was never stored.
+    """
+
+    kind: ClassVar[str]
+    version: int = 0
+    workflow_id: str
+
+    @property
+    def key(self) -> str:
+        """The state key, such as `fork:my-workflow:0`."""
+        raise NotImplementedError
+
+    def evolve(self, **changes: Any) -> Self:
+        """A copy with these fields changed."""
+        return self.model_copy(update=changes)
+
+
+class Usage(Value):
+    """What the model charged for; `None` is unknown, never 0."""
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
+    cache_read_input_tokens: int | None = None
+    cost_usd: float | None = None
+
+
+class AgentResult(Value):
+    """What came of running the agent once.
+
+    Attributes:
+        outcome: `SUCCESS`, `FAILED`, `TIMEOUT`, `CANCELLED` or `BUDGET_EXCEEDED`.
+        exit_code: of the agent's process as a shell reports it (128 + signal); `None` where
+            there is no process.
+        message: one line for people: the agent's last words or why it failed.
+        model: the model that really answered, where the agent tells.
+        cost_basis: `reported` by the agent, `computed` from tokens and prices, or `unknown`.
+        output_truncated: more output came than `agent.max_output_mb`.
+    """
+
+    outcome: Outcome
+    failure_class: FailureClass | None = None
+    exit_code: int | None = None
+    message: str = ""
+    model: str | None = None
+    agent_version: str | None = None
+    turns: int | None = None
+    usage: Usage = Field(default_factory=Usage)
+    cost_basis: str = "unknown"
+    output_truncated: bool = False
+    secret_leak: bool = False
+
+
+class Patch(Value):
+    """What a fork changed against the base commit.
+
+    Attributes:
+        size_bytes: of the whole patch, also where only a part is kept.
+        path: where it is kept on this machine.
+    """
+
+    files_changed: int
+    insertions: int
+    deletions: int
+    size_bytes: int
+    truncated: bool = False
+    secret_leak: bool = False
+    path: str | None = None
+
+
+class Lease(Record):
+    """That a sandbox exists or may exist, for whom, and until when.
+
+    Attributes:
+        lease_id: ours, made before the sandbox; also the provider's idempotency key.
+        purpose: `fork`, or `base` for the sandbox in which `setup_command` runs.
+    """
+
+    kind: ClassVar[str] = "sandbox"
+
+    lease_id: str
+    fork_num: int | None
+    attempt: int
+    provider: str
+    purpose: str = "fork"
+    state: SandboxState = SandboxState.INTENT
+    sandbox_id: str | None = None
+    owner_run: str
+    intent_at: Instant
+    live_at: Instant | None = None
+    gone_at: Instant | None = None
+    expires_at: float | None = None
+    note: str = ""
+
+    @property
+    def key(self) -> str:
+        return self.intent_key if self.sandbox_id is None else sandbox_key(self.sandbox_id)
+
+    @property
+    def intent_key(self) -> str:
+        """Its key until the provider has named the sandbox."""
+        return sandbox_key(f"intent-{self.lease_id}")
+
+
+class Timings(Value):
+    """Seconds spent in each stage of a fork, monotonic; `None` where it never got there."""
+
+    queue_seconds: float | None = None
+    create_seconds: float | None = None
+    health_seconds: float | None = None
+    agent_seconds: float | None = None
+    cleanup_seconds: float | None = None
+    sandbox_seconds: float | None = None
+    """Sandboxes of this fork alive, from the provider's answer to the confirmed end, summed."""
+
+
+class Fork(Record):
+    """One attempt at the prompt.
+
+    Attributes:
+        attempts: tries so far at each stage, by the stage's name; survives crashes.
+        fatal: this failure would befall every other fork alike.
+    """
+
+    kind: ClassVar[str] = "fork"
+
+    fork_num: int
+    outcome: Outcome = Outcome.PENDING
+    failure_class: FailureClass | None = None
+    message: str = ""
+    stage: Stage = Stage.QUEUE
+    attempts: dict[str, int] = Field(default_factory=dict)
+    provider: str | None = None
+    sandbox_id: str | None = None
+    sandbox_state: SandboxState | None = None
+    timings: Timings = Field(default_factory=Timings)
+    result: AgentResult | None = None
+    patch: Patch | None = None
+    queued_at: Instant | None = None
+    started_at: Instant | None = None
+    agent_started_at: Instant | None = None
+    ended_at: Instant | None = None
+    total_seconds: float | None = None
+    run_id: str | None = None
+    progress: str = ""
+
+    @property
+    def key(self) -> str:
+        return fork_key(self.workflow_id, self.fork_num)
+
+    @property
+    def mapping_key(self) -> str:
+        """The fork's name in the Dagster run and in the artifacts folder."""
+        return f"fork_{self.fork_num:03d}"
+
+
+class Owner(Value):
+    """The run that works on an orchestration now.
+
+    Attributes:
+        epoch: counts the owners; a former one sees that it was replaced.
+        pid, boot: where the run's worker lives, so that its death is seen at once nearby.
+        pid_started: start time of that process in clock ticks, since pids are used again.
+    """
+
+    run_id: str
+    epoch: int
+    pid: int
+    boot: str
+    pid_started: str
+    heartbeat: Instant
+
+
+class Failure(Value):
+    """A failure that befalls the whole orchestration."""
+
+    failure_class: FailureClass
+    message: str
+
+
+class Orchestration(Record):
+    """One request and how far it is.
+
+    Attributes:
+        base_commit: what every fork starts from, pinned at the first run.
+        base_snapshot: the provider's name of the prepared workspace, after `setup_command`.
+        fatal: set when no further fork can succeed; the run fails with it.
+    """
+
+    kind: ClassVar[str] = "orchestration"
+
+    config: OrchestrationConfig
+    provider: str
+    network: str
+    artifacts: str
+    base_commit: str | None = None
+    branch: str | None = None
+    base_snapshot: str | None = None
+    owner: Owner | None = None
+    control: Control = Control.RUN
+    fatal: Failure | None = None
+    complete: bool = False
+    requested_at: Instant
+    completed_at: Instant | None = None
+
+    @property
+    def key(self) -> str:
+        return orchestration_key(self.workflow_id)
+
+
+class Metrics(Record):
+    """The summary of one orchestration, as in the asset `orchestration_summary`."""
+
+    kind: ClassVar[str] = "metrics"
+
+    summary: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        return metrics_key(self.workflow_id)
+
+
+class Event(Value):
+    """Something that happened; kept in order.
+
+    Attributes:
+        seq: place in the order of the whole store; 0 before it is stored.
+    """
+
+    name: str
+    workflow_id: str
+    fork_num: int | None = None
+    time: float
+    payload: dict[str, Any] = Field(default_factory=dict)
+    seq: int = 0
+
+
+class ForkRef(Value):
+    """All that one op hands to the next: which fork. The store has the rest."""
+
+    workflow_id: str
+    fork_num: int
+
+
+def orchestration_key(workflow_id: str) -> str:
+    """State key of an orchestration."""
+    return f"orchestration:{workflow_id}"
+
+
+def fork_key(workflow_id: str, fork_num: int) -> str:
+    """State key of a fork."""
+    return f"fork:{workflow_id}:{fork_num}"
+
+
+def sandbox_key(sandbox_id: str) -> str:
+    """State key of a sandbox."""
+    return f"sandbox:{sandbox_id}"
+
+
+def metrics_key(workflow_id: str) -> str:
+    """State key of an orchestration's metrics."""
+    return f"metrics:{workflow_id}"

@@ -1,0 +1,178 @@
+"""The contract of a sandbox provider; `tests/sandboxes/conformance.py` checks it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from sandbox_pipeline.config import SandboxConfig
+
+Network = Literal["none", "model_api", "full"]
+
+HOME = "/home/user"
+"""Home directory in every sandbox; the only place that is writable for sure, with /tmp."""
+WORKSPACE = f"{HOME}/workspace"
+"""Where the repository is."""
+STATE_DIR = f"{HOME}/.sandbox_pipeline"
+"""Where this package keeps prompt, spooled output and exit codes inside the sandbox."""
+
+
+@dataclass(frozen=True)
+class SandboxSpec:
+    """What to create.
+
+    Attributes:
+        lease_id: `[a-z0-9-]{1,63}`, unique; the idempotency key.
+        metadata: what the sandbox can be found by afterwards; always has `app`,
+            `deployment_id`, `workflow_id`, `fork_num`, `attempt` and `lease_id`.
+        ttl_seconds: how long it lives unless extended.
+        network: what it may reach.
+        base: name of a snapshot to start from, as `SandboxProvider.snapshot` gave it.
+        mounts: host path to path inside, read-only, for what an agent's adapter needs; only
+            the local provider has them.
+    """
+
+    lease_id: str
+    metadata: Mapping[str, str]
+    ttl_seconds: float
+    network: Network
+    config: SandboxConfig
+    base: str | None = None
+    mounts: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True)
+class SandboxInfo:
+    """One sandbox that exists, as the provider's own list has it.
+
+    Attributes:
+        started_at, expires_at: seconds since 1970 by the provider's clock; None where unknown.
+    """
+
+    sandbox_id: str
+    metadata: Mapping[str, str]
+    started_at: float | None = None
+    expires_at: float | None = None
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command inside a sandbox.
+
+    Attributes:
+        argv: run as it is, without a shell.
+        cwd: absolute.
+        env: added to the sandbox's own environment.
+        stdin: given to the command; empty: nothing to read.
+        timeout_seconds: afterwards the command and all it started in its session are killed.
+        max_output_bytes: of each stream; what comes after is dropped.
+    """
+
+    argv: Sequence[str]
+    cwd: str = HOME
+    env: Mapping[str, str] = field(default_factory=dict[str, str])
+    stdin: bytes = b""
+    timeout_seconds: float = 60.0
+    max_output_bytes: int = 1_000_000
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """What came of a command; failing is a result, not an exception.
+
+    Attributes:
+        exit_code: as a shell reports it: 128 + n for signal n, 127 for not found, 124 for
+            `timed_out`.
+        truncated: output was dropped.
+    """
+
+    exit_code: int
+    stdout: bytes
+    stderr: bytes
+    timed_out: bool = False
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a sandbox used so far; None where the provider doesn't tell."""
+
+    cpu_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    disk_bytes: int | None = None
+
+
+class Sandbox(Protocol):
+    """One live sandbox. Every method raises `ProviderError`; `GONE` when it is no more."""
+
+    @property
+    def sandbox_id(self) -> str:
+        """The provider's name of it."""
+        ...
+
+    async def run(self, command: Command) -> CommandResult:
+        """Run a short command to its end; processes that it put in the background live on."""
+        ...
+
+    async def read(self, path: str, *, offset: int = 0, max_bytes: int = 1_000_000) -> bytes:
+        """Up to `max_bytes` of a file from `offset`; empty at or past its end.
+
+        Links are followed inside the sandbox only.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        ...
+
+    async def write(self, path: str, data: bytes) -> None:
+        """Write a whole file, with its folders, atomically."""
+        ...
+
+    async def extend(self, ttl_seconds: float) -> None:
+        """Let it live for at least this long from now; never shortens."""
+        ...
+
+    async def resources(self) -> Resources:
+        """What it used so far."""
+        ...
+
+
+class SandboxProvider(Protocol):
+    """Makes, finds and ends sandboxes. Every method raises `ProviderError`."""
+
+    @property
+    def name(self) -> str:
+        """As in `sandbox.provider`."""
+        ...
+
+    async def create(self, spec: SandboxSpec) -> Sandbox:
+        """Create one sandbox and return once it takes commands.
+
+        Raises:
+            ProviderError: `AMBIGUOUS` unless it is certain that nothing was created.
+        """
+        ...
+
+    async def connect(self, sandbox_id: str) -> Sandbox:
+        """An existing sandbox, also one that another process created."""
+        ...
+
+    async def list(self, metadata: Mapping[str, str]) -> Sequence[SandboxInfo]:
+        """All that exist and whose metadata contain these pairs, over all pages."""
+        ...
+
+    async def kill(self, sandbox_id: str) -> bool:
+        """End it and return once it is gone; False if it was gone already."""
+        ...
+
+    async def snapshot(self, sandbox: Sandbox) -> str:
+        """Freeze a prepared sandbox as a base for others, ending it; the name for `base`.
+
+        A provider whose sandboxes can't be copied raises `ProviderError(INVALID)`.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections; the sandboxes live on."""
+        ...

@@ -1,0 +1,455 @@
+"""Reads and writes of the store, as coroutines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from sandbox_pipeline.errors import ConflictError, PipelineError
+from sandbox_pipeline.records import Event, Fork, Lease, Orchestration, Record, SandboxState
+from sandbox_pipeline.store import tables
+from sandbox_pipeline.store.engine import open_engine, store_error
+
+R = TypeVar("R", bound=Record)
+T = TypeVar("T")
+
+MAX_PAYLOAD_CHARS = 4000
+STALE_PERMIT_SECONDS = 120.0
+
+
+class TerminalError(PipelineError):
+    """A write would have changed the outcome of a fork that is already final."""
+
+
+class Store:
+    """The state of all orchestrations that share one database.
+
+    Safe to use from many coroutines and many processes. Every method raises `StoreError`
+    when the database can't be reached.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        workers = 1 if engine.dialect.name == "sqlite" else 8
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="store")
+
+    @classmethod
+    def open(cls, url: str) -> Store:
+        """Connect to a SQLAlchemy URL and bring its schema up to date.
+
+        Raises:
+            ConfigError: the URL is unusable.
+            StoreError: the database is.
+        """
+        return cls(open_engine(url))
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        self._threads.shutdown(wait=True)
+        self._engine.dispose()
+
+    async def get(self, record_type: type[R], key: str) -> R | None:
+        """The record under a state key, or None."""
+
+        def read(connection: Connection) -> R | None:
+            return _get(connection, record_type, key)
+
+        return await self._run(read, write=False)
+
+    async def need(self, record_type: type[R], key: str) -> R:
+        """The record under a state key.
+
+        Raises:
+            KeyError: there is none.
+        """
+        record = await self.get(record_type, key)
+        if record is None:
+            raise KeyError(key)
+        return record
+
+    async def set(self, record: R, events: Iterable[Event] = ()) -> R:
+        """Store a record, and events with it, if nobody stored a newer version meanwhile.
+
+        Returns:
+            The record with its new version.
+
+        Raises:
+            ConflictError: somebody did; read again and decide again.
+            TerminalError: it would change a fork's final outcome.
+        """
+        listed = list(events)
+
+        def write(connection: Connection) -> R:
+            stored = _set(connection, record)
+            _append(connection, listed)
+            return stored
+
+        return await self._run(write)
+
+    async def update(
+        self,
+        record_type: type[R],
+        key: str,
+        change: Callable[[R], R],
+        events: Iterable[Event] = (),
+    ) -> R:
+        """Read, change and store a record in one transaction.
+
+        Args:
+            record_type: what is stored under the key.
+            key: the state key.
+            change: gives the new record; may raise to leave all as it was. Must not block.
+            events: stored with it.
+
+        Raises:
+            KeyError: there is no such record.
+            TerminalError: it would change a fork's final outcome.
+        """
+        listed = list(events)
+
+        def write(connection: Connection) -> R:
+            current = _get(connection, record_type, key, lock=True)
+            if current is None:
+                raise KeyError(key)
+            changed = change(current)
+            stored = current if changed == current else _set(connection, changed)
+            _append(connection, listed)
+            return stored
+
+        return await self._run(write)
+
+    async def forks(self, workflow_id: str) -> list[Fork]:
+        """All forks of an orchestration, by number."""
+
+        def read(connection: Connection) -> list[Fork]:
+            rows = connection.execute(
+                sa.select(tables.state.c.value, tables.state.c.version)
+                .where(tables.state.c.workflow_id == workflow_id, tables.state.c.kind == Fork.kind)
+                .order_by(tables.state.c.fork_num)
+            )
+            return [_load(Fork, value, version) for value, version in rows]
+
+        return await self._run(read, write=False)
+
+    async def create_missing(self, records: Sequence[Record], events: Iterable[Event] = ()) -> int:
+        """Store those records whose key is still free, in one transaction; how many."""
+        listed = list(events)
+
+        def write(connection: Connection) -> int:
+            keys = [record.key for record in records]
+            taken: set[str] = set()
+            for start in range(0, len(keys), 500):
+                chunk = keys[start : start + 500]
+                taken |= set(
+                    connection.execute(
+                        sa.select(tables.state.c.key).where(tables.state.c.key.in_(chunk))
+                    ).scalars()
+                )
+            new = [_row(record, 1) for record in records if record.key not in taken]
+            if new:
+                connection.execute(tables.state.insert(), new)
+            _append(connection, listed)
+            return len(new)
+
+        return await self._run(write)
+
+    async def leases(self, workflow_id: str | None = None) -> list[Lease]:
+        """The leases of sandboxes that are not known to be gone, of one orchestration or all."""
+
+        def read(connection: Connection) -> list[Lease]:
+            return _leases(connection, workflow_id)
+
+        return await self._run(read, write=False)
+
+    async def admit(self, lease: Lease, max_live: int, events: Iterable[Event] = ()) -> Lease | None:
+        """Store a new lease, if its orchestration then has at most `max_live` that are not gone.
+
+        Returns:
+            The stored lease, or None when there is no slot.
+        """
+        listed = list(events)
+
+        def write(connection: Connection) -> Lease | None:
+            if self._engine.dialect.name == "postgresql":
+                # Two transactions that both count and then insert would both find a slot.
+                connection.execute(
+                    sa.select(
+                        sa.func.pg_advisory_xact_lock(
+                            sa.func.hashtext(f"admit:{lease.workflow_id}")
+                        )
+                    )
+                )
+            live = connection.execute(
+                sa.select(sa.func.count()).where(*_live_lease(lease.workflow_id))
+            ).scalar_one()
+            if live >= max_live:
+                return None
+            stored = _set(connection, lease)
+            _append(connection, listed)
+            return stored
+
+        return await self._run(write)
+
+    async def orchestrations(self, limit: int = 50) -> list[Orchestration]:
+        """The latest orchestrations, newest first."""
+
+        def read(connection: Connection) -> list[Orchestration]:
+            rows = connection.execute(
+                sa.select(tables.state.c.value, tables.state.c.version).where(
+                    tables.state.c.kind == Orchestration.kind
+                )
+            )
+            found = [_load(Orchestration, value, version) for value, version in rows]
+            found.sort(key=lambda item: item.requested_at.wall, reverse=True)
+            return found[:limit]
+
+        return await self._run(read, write=False)
+
+    async def append(self, *new: Event) -> None:
+        """Add events to the timeline."""
+
+        def write(connection: Connection) -> None:
+            _append(connection, new)
+
+        await self._run(write)
+
+    async def events(self, workflow_id: str, *, after_seq: int = 0) -> list[Event]:
+        """The timeline of an orchestration, in order."""
+
+        def read(connection: Connection) -> list[Event]:
+            rows = connection.execute(
+                sa.select(tables.events)
+                .where(tables.events.c.workflow_id == workflow_id, tables.events.c.seq > after_seq)
+                .order_by(tables.events.c.seq)
+            ).mappings()
+            return [Event(**{**row, "payload": json.loads(row["payload"])}) for row in rows]
+
+        return await self._run(read, write=False)
+
+    async def take_permit(self, scope: str, starts: int, window_ms: int) -> int | float:
+        """Permission to create one sandbox now, or how many seconds to wait.
+
+        A creation counts from this call until `window_ms` after `finish_permit`: the provider
+        counted it at some moment in between, so its own count in any window stays within
+        `starts`, however long the answers take.
+
+        Returns:
+            The permit (int), or seconds to wait before asking again (float).
+        """
+
+        def write(connection: Connection) -> int | float:
+            if self._engine.dialect.name == "postgresql":
+                connection.execute(
+                    sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"permit:{scope}")))
+                )
+            now = self._now(connection)
+            table = tables.permits
+            window = window_ms / 1000
+            connection.execute(
+                table.delete().where(
+                    table.c.scope == scope,
+                    sa.or_(
+                        table.c.finished_at < now - window,
+                        table.c.started_at < now - window - STALE_PERMIT_SECONDS,
+                        table.c.started_at > now + window + STALE_PERMIT_SECONDS,
+                    ),
+                )
+            )
+            counted = (
+                connection.execute(
+                    sa.select(table.c.finished_at).where(table.c.scope == scope)
+                )
+                .scalars()
+                .all()
+            )
+            if len(counted) < starts:
+                result = connection.execute(
+                    table.insert().values(scope=scope, started_at=now, finished_at=None)
+                )
+                return int(result.inserted_primary_key[0])  # pyright: ignore[reportOptionalSubscript]
+            finished = [at for at in counted if at is not None]
+            soonest = min(finished, default=now - window + 0.1) + window - now
+            return max(0.005, min(soonest, window))
+
+        return await self._run(write)
+
+    async def finish_permit(self, permit: int) -> None:
+        """Say that the creation was answered, or never sent."""
+
+        def write(connection: Connection) -> None:
+            connection.execute(
+                tables.permits.update()
+                .where(tables.permits.c.id == permit)
+                .values(finished_at=self._now(connection))
+            )
+
+        await self._run(write)
+
+    async def write_rows(
+        self, table: sa.Table, workflow_id: str, rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Replace an orchestration's rows with these keys in a metrics table.
+
+        Args:
+            table: `tables.fork_metrics` or `tables.orchestration_summary`.
+            workflow_id: of all the rows.
+            rows: a mapping of column to value each.
+        """
+
+        def write(connection: Connection) -> None:
+            where = [table.c.workflow_id == workflow_id]
+            if "fork_num" in table.c:
+                where.append(table.c.fork_num.in_([row["fork_num"] for row in rows]))
+            connection.execute(table.delete().where(*where))
+            if rows:
+                connection.execute(table.insert(), [dict(row) for row in rows])
+
+        await self._run(write)
+
+    async def rows(self, table: sa.Table, workflow_id: str | None = None) -> list[dict[str, Any]]:
+        """The rows of a metrics table, of one orchestration or of all."""
+
+        def read(connection: Connection) -> list[dict[str, Any]]:
+            query = sa.select(table).order_by(*table.primary_key.columns)
+            if workflow_id is not None:
+                query = query.where(table.c.workflow_id == workflow_id)
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+        return await self._run(read, write=False)
+
+    def _now(self, connection: Connection) -> float:
+        # Rate limits of many machines must be judged by one clock: the database's.
+        if self._engine.dialect.name == "postgresql":
+            return float(
+                connection.execute(
+                    sa.text("SELECT extract(epoch FROM clock_timestamp())")
+                ).scalar_one()
+            )
+        return time.time()
+
+    async def _run(self, work: Callable[[Connection], T], *, write: bool = True) -> T:
+        def call() -> T:
+            try:
+                with self._engine.connect() as plain:
+                    connection = plain.execution_options(write=write)
+                    with connection.begin():
+                        return work(connection)
+            except DBAPIError as error:
+                raise store_error(self._engine, error) from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+def _live_lease(workflow_id: str | None) -> list[sa.ColumnElement[bool]]:
+    where = [
+        tables.state.c.kind == Lease.kind,
+        tables.state.c.status.in_([s.value for s in SandboxState if s is not SandboxState.GONE]),
+    ]
+    if workflow_id is not None:
+        where.append(tables.state.c.workflow_id == workflow_id)
+    return where
+
+
+def _leases(connection: Connection, workflow_id: str | None) -> list[Lease]:
+    rows = connection.execute(
+        sa.select(tables.state.c.value, tables.state.c.version).where(*_live_lease(workflow_id))
+    )
+    return [_load(Lease, value, version) for value, version in rows]
+
+
+def _get(connection: Connection, record_type: type[R], key: str, *, lock: bool = False) -> R | None:
+    query = sa.select(tables.state.c.value, tables.state.c.version).where(
+        tables.state.c.key == key, tables.state.c.kind == record_type.kind
+    )
+    row = connection.execute(query.with_for_update() if lock else query).first()
+    return None if row is None else _load(record_type, row.value, row.version)
+
+
+def _load(record_type: type[R], value: str, version: int) -> R:
+    return record_type.model_validate_json(value).model_copy(update={"version": version})
+
+
+def _set(connection: Connection, record: R) -> R:
+    if isinstance(record, Fork):
+        _guard_outcome(connection, record)
+    version = record.version + 1
+    row = _row(record, version)
+    if record.version == 0:
+        try:
+            connection.execute(tables.state.insert(), row)
+        except sa.exc.IntegrityError as error:
+            msg = f"{record.key} exists already"
+            raise ConflictError(msg) from error
+    else:
+        keys = [record.key]
+        if isinstance(record, Lease):
+            keys.append(record.intent_key)
+        result = connection.execute(
+            tables.state.update()
+            .where(tables.state.c.key.in_(keys), tables.state.c.version == record.version)
+            .values(**row)
+        )
+        if result.rowcount != 1:
+            msg = f"{record.key} was changed by somebody else"
+            raise ConflictError(msg)
+    return record.evolve(version=version)
+
+
+def _guard_outcome(connection: Connection, fork: Fork) -> None:
+    stored = _get(connection, Fork, fork.key)
+    if stored is not None and stored.outcome.is_terminal and stored.outcome != fork.outcome:
+        msg = f"{fork.key} ended as {stored.outcome}; it can't become {fork.outcome}"
+        raise TerminalError(msg)
+
+
+def _row(record: Record, version: int) -> dict[str, Any]:
+    status = ""
+    fork_num = None
+    if isinstance(record, Fork):
+        status, fork_num = record.outcome.value, record.fork_num
+    elif isinstance(record, Lease):
+        status, fork_num = record.state.value, record.fork_num
+    return {
+        "key": record.key,
+        "kind": record.kind,
+        "workflow_id": record.workflow_id,
+        "fork_num": fork_num,
+        "status": status,
+        "version": version,
+        "value": record.model_dump_json(exclude={"version"}),
+    }
+
+
+def _append(connection: Connection, new: Sequence[Event]) -> None:
+    if not new:
+        return
+    connection.execute(
+        tables.events.insert(),
+        [
+            {
+                "workflow_id": event.workflow_id,
+                "fork_num": event.fork_num,
+                "name": event.name,
+                "time": event.time,
+                "payload": json.dumps(_bounded(event.payload), default=str),
+            }
+            for event in new
+        ],
+    )
+
+
+def _bounded(payload: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: f"{value[:MAX_PAYLOAD_CHARS]}…"
+        if isinstance(value, str) and len(value) > MAX_PAYLOAD_CHARS
+        else value
+        for name, value in payload.items()
+    }
