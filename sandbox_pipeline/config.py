@@ -72,6 +72,27 @@ class AgentConfig(_Section):
         description="How much of each of the agent's output streams is kept, in MB (10^6 bytes); "
         "the rest is dropped and the fork flagged.",
     )
+    allowed_tools: list[str] | None = Field(
+        None,
+        description="Tools that 'claude_code' may use, such as 'Edit' or 'Bash(git *)'; all others "
+        "are refused. Empty: every tool.",
+    )
+    append_system_prompt: str | None = Field(
+        None,
+        max_length=100_000,
+        description="Text that 'claude_code' and 'anthropic' add to the system prompt.",
+    )
+    mcp_config: str | None = Field(
+        None,
+        max_length=100_000,
+        description="MCP servers of 'claude_code': JSON, or the path of a file inside the sandbox. "
+        "Those that the repository names itself are never started.",
+    )
+    claude_binary: str | None = Field(
+        None,
+        description="Claude Code's program on this machine, for local sandboxes; empty: 'claude' "
+        "from the PATH.",
+    )
 
     @field_validator("command", mode="before")
     @classmethod

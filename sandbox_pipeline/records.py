@@ -213,6 +213,7 @@ class Fork(Record):
     total_seconds: float | None = None
     run_id: str | None = None
     progress: str = ""
+    cost_so_far_usd: float | None = None
 
     @property
     def key(self) -> str:
@@ -288,6 +289,19 @@ class Metrics(Record):
     @property
     def key(self) -> str:
         return metrics_key(self.workflow_id)
+
+
+class Deployment(Record):
+    """The name of the store itself; belongs to no orchestration."""
+
+    kind: ClassVar[str] = "deployment"
+    KEY: ClassVar[str] = "deployment"
+
+    name: str
+
+    @property
+    def key(self) -> str:
+        return self.KEY
 
 
 class Event(Value):

@@ -13,6 +13,8 @@ from sandbox_pipeline.redaction import Redactor
 from sandbox_pipeline.sandboxes.base import Network, Sandbox
 
 PROMPT_FILE = "prompt.txt"
+EXCHANGE_DIR = "/run/exchange"
+"""Where `Task.exchange_dir` is inside the sandbox."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,9 @@ class Task:
         artifacts: folder on this machine for transcript and logs of this fork; exists.
         environ: this machine's environment, for keys by name and `env_from`.
         attempt: 1-based; a new attempt is a new run of the agent in a fresh sandbox.
+        exchange_dir: folder on this machine, of this sandbox alone, that is at `EXCHANGE_DIR`
+            inside; None where the provider has no mounts. The sandbox may have written there.
+        network: what the sandbox may reach.
     """
 
     workflow_id: str
@@ -36,6 +41,8 @@ class Task:
     artifacts: Path
     environ: Mapping[str, str]
     redactor: Redactor
+    exchange_dir: Path | None = None
+    network: Network = "none"
 
 
 class Reporter(Protocol):

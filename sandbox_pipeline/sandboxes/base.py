@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 from sandbox_pipeline.config import SandboxConfig
@@ -16,6 +17,19 @@ WORKSPACE = f"{HOME}/workspace"
 """Where the repository is."""
 STATE_DIR = f"{HOME}/.sandbox_pipeline"
 """Where this package keeps prompt, spooled output and exit codes inside the sandbox."""
+
+
+@dataclass(frozen=True)
+class ProviderHost:
+    """What a provider may know of the machine it is used from.
+
+    Attributes:
+        home: folder of the deployment, for what a provider keeps on disk.
+        environ: for its key, by name.
+    """
+
+    home: Path
+    environ: Mapping[str, str]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from sandbox_pipeline.errors import ConflictError, PipelineError
-from sandbox_pipeline.records import Event, Fork, Lease, Orchestration, Record, SandboxState
+from sandbox_pipeline.records import Deployment, Event, Fork, Lease, Orchestration, Record, SandboxState
 from sandbox_pipeline.store import tables
 from sandbox_pipeline.store.engine import open_engine, store_error
 
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 MAX_PAYLOAD_CHARS = 4000
 STALE_PERMIT_SECONDS = 120.0
+OPEN = "open"
+COMPLETE = "complete"
 
 
 class TerminalError(PipelineError):
@@ -55,6 +58,17 @@ class Store:
         """Let go of the connections."""
         self._threads.shutdown(wait=True)
         self._engine.dispose()
+
+    async def deployment_id(self) -> str:
+        """A random name of this store, made once; marks the sandboxes that belong to it."""
+
+        def write(connection: Connection) -> str:
+            row = _get(connection, Deployment, Deployment.KEY)
+            if row is None:
+                row = _set(connection, Deployment(workflow_id="", name=secrets.token_hex(8)))
+            return row.name
+
+        return await self._run(write)
 
     async def get(self, record_type: type[R], key: str) -> R | None:
         """The record under a state key, or None."""
@@ -198,15 +212,18 @@ class Store:
 
         return await self._run(write)
 
-    async def orchestrations(self, limit: int = 50) -> list[Orchestration]:
+    async def orchestrations(
+        self, *, limit: int = 50, unfinished_only: bool = False
+    ) -> list[Orchestration]:
         """The latest orchestrations, newest first."""
 
         def read(connection: Connection) -> list[Orchestration]:
-            rows = connection.execute(
-                sa.select(tables.state.c.value, tables.state.c.version).where(
-                    tables.state.c.kind == Orchestration.kind
-                )
+            query = sa.select(tables.state.c.value, tables.state.c.version).where(
+                tables.state.c.kind == Orchestration.kind
             )
+            if unfinished_only:
+                query = query.where(tables.state.c.status == OPEN)
+            rows = connection.execute(query)
             found = [_load(Orchestration, value, version) for value, version in rows]
             found.sort(key=lambda item: item.requested_at.wall, reverse=True)
             return found[:limit]
@@ -417,6 +434,8 @@ def _row(record: Record, version: int) -> dict[str, Any]:
         status, fork_num = record.outcome.value, record.fork_num
     elif isinstance(record, Lease):
         status, fork_num = record.state.value, record.fork_num
+    elif isinstance(record, Orchestration):
+        status = COMPLETE if record.complete else OPEN
     return {
         "key": record.key,
         "kind": record.kind,

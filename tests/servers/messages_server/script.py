@@ -43,7 +43,7 @@ class Fault:
     Attributes:
         status: answer with this status and an API-shaped error.
         body: instead of the API-shaped one, such as HTML.
-        retry_after: value of the header `Retry-After`.
+        headers: added to the answer, such as `retry-after`.
         error_after_events: after so many events of a 200 stream, an `error` event.
         cut_after_events: after so many events of a 200 stream, the connection is dropped.
         delay_seconds: pause before the answer.
@@ -53,11 +53,16 @@ class Fault:
     status: int | None = None
     message: str = "scripted fault"
     body: bytes | None = None
-    retry_after: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
     error_after_events: int | None = None
     cut_after_events: int | None = None
     delay_seconds: float = 0.0
     event_delay_seconds: float = 0.0
+
+    @property
+    def breaks_stream(self) -> bool:
+        """Whether the answer begins but doesn't come to its end."""
+        return self.error_after_events is not None or self.cut_after_events is not None
 
 
 @dataclass(frozen=True)

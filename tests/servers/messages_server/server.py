@@ -100,7 +100,7 @@ class MessagesServer:
         listener.bind((self.host, self.port))
         self.port = listener.getsockname()[1]
         config = uvicorn.Config(
-            self.app(), log_level="error", lifespan="off", timeout_graceful_shutdown=1
+            self.app(), log_level="critical", lifespan="off", timeout_graceful_shutdown=1
         )
         self._server = uvicorn.Server(config)
         self._serving = asyncio.create_task(self._server.serve([listener]))
@@ -164,7 +164,7 @@ class MessagesServer:
         if fault.status is not None:
             note(fault.status)
             return _faulty(fault)
-        note(200, reply.charge)
+        note(200, None if fault.breaks_stream else reply.charge)
         message = _message(reply, model, len(self.answers))
         if not body.get("stream"):
             return JSONResponse(message)
@@ -214,8 +214,7 @@ def _faulty(fault: Fault) -> Response:
         if fault.body is None
         else Response(fault.body, status, media_type="text/html")
     )
-    if fault.retry_after is not None:
-        response.headers["retry-after"] = fault.retry_after
+    response.headers.update(fault.headers)
     return response
 
 

@@ -1,0 +1,349 @@
+"""The `claude_code` agent: Anthropic's command line agent, inside the sandbox, headless.
+
+Where a folder can be shared with the sandbox, the model is reached through `KeyProxy` and no key
+is inside. Elsewhere (E2B) the key is in the environment of Claude Code's process alone, where the
+agent's own commands could read it: use a key with a spending limit there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandbox_pipeline.agents.base import EXCHANGE_DIR, Reporter, Task
+from sandbox_pipeline.agents.claude_binary import find_claude
+from sandbox_pipeline.agents.claude_stream import (
+    MAX_STREAM_LINE_BYTES,
+    ClaudeStream,
+    StreamResult,
+)
+from sandbox_pipeline.agents.command import agent_env
+from sandbox_pipeline.agents.detached import Finished, Job, run_detached
+from sandbox_pipeline.agents.key_proxy import (
+    CREDENTIAL_VARIABLES,
+    SOCKET_NAME,
+    KeyProxy,
+    base_url,
+    find_credential,
+)
+from sandbox_pipeline.agents.metering import Meter
+from sandbox_pipeline.agents.models import load_prices
+from sandbox_pipeline.agents.output import OutputLog
+from sandbox_pipeline.agents.transcript import TranscriptWriter
+from sandbox_pipeline.config import AgentConfig
+from sandbox_pipeline.errors import AgentError, ConfigError, FailureClass
+from sandbox_pipeline.records import AgentResult, Outcome
+from sandbox_pipeline.sandboxes.base import WORKSPACE, Command, Network, Sandbox
+
+MOUNTED_BINARY = "/opt/claude-code/claude"
+PROXIED_URL = "http://model-api.invalid"
+"""Base URL inside: only its path matters, as everything goes to the socket."""
+PROXIED_RETRIES = "10"
+"""Claude Code's own number; takes about 3 minutes, in which a killed run can be resumed."""
+DIRECT_RETRIES = "3"
+"""Without the proxy a wrong key is tried again as often, which a person waits for."""
+PRICES_VARIABLE = "SANDBOX_PIPELINE_PRICES"
+METER_FILE = "model_api_usage.json"
+LAST_LINES = 5
+
+
+class ClaudeCodeAgent:
+    """Runs `claude -p` in the workspace; its own result says whether it succeeded."""
+
+    kind = "claude_code"
+    network: Network = "model_api"
+
+    def validate(
+        self, config: AgentConfig, environ: Mapping[str, str], *, provider: str = "local"
+    ) -> None:
+        """See `Agent.validate`; Claude Code itself is looked for only for local sandboxes."""
+        find_credential(environ)
+        base_url(environ)
+        load_prices(_prices_path(environ))
+        missing = [name for name in config.env_from if name not in environ]
+        if missing:
+            msg = f"agent.env_from: not set in this environment: {', '.join(missing)}"
+            raise ConfigError(msg)
+        if config.mcp_config is not None and config.mcp_config.lstrip().startswith("{"):
+            try:
+                json.loads(config.mcp_config)
+            except ValueError as error:
+                msg = f"agent.mcp_config: not valid JSON: {error}"
+                raise ConfigError(msg) from error
+        if provider == "local":
+            find_claude(config, environ)
+
+    def mounts(self, config: AgentConfig, environ: Mapping[str, str]) -> Mapping[str, str]:
+        """See `Agent.mounts`."""
+        return {str(find_claude(config, environ)): MOUNTED_BINARY}
+
+    async def run(self, sandbox: Sandbox, task: Task, reporter: Reporter) -> AgentResult:
+        """See `Agent.run`."""
+        meter = Meter(
+            load_prices(_prices_path(task.environ)),
+            task.config.max_budget_usd,
+            task.artifacts / METER_FILE if task.exchange_dir is not None else None,
+        )
+        async with _proxy(sandbox, task, meter) as proxy:
+            return await _run(sandbox, task, reporter, _Route(proxy, meter))
+
+
+@dataclass(frozen=True)
+class _Route:
+    """How the model is reached, and what is known of its charges."""
+
+    proxy: KeyProxy | None
+    meter: Meter
+
+    @property
+    def reason(self) -> str:
+        """What the model API complained of last, where that is known."""
+        return (self.proxy.last_error or "") if self.proxy is not None else ""
+
+
+def _proxy(
+    sandbox: Sandbox, task: Task, meter: Meter
+) -> AbstractAsyncContextManager[KeyProxy | None]:
+    if task.exchange_dir is None:
+        if task.network == "none":
+            msg = "sandbox.network: claude_code needs the model's API; use model_api, full or auto"
+            raise AgentError(FailureClass.CONFIG, msg)
+        return nullcontext()
+    return _started_proxy(sandbox, task, task.exchange_dir, meter)
+
+
+@asynccontextmanager
+async def _started_proxy(
+    sandbox: Sandbox, task: Task, folder: Path, meter: Meter
+) -> AsyncIterator[KeyProxy]:
+    try:
+        upstream = base_url(task.environ)
+    except ConfigError as error:
+        raise AgentError(FailureClass.CONFIG, str(error)) from error
+    token = _placeholder(sandbox, task)
+    credential = find_credential(task.environ)
+    async with KeyProxy(folder, credential, upstream, token=token, meter=meter) as proxy:
+        yield proxy
+
+
+async def _run(sandbox: Sandbox, task: Task, reporter: Reporter, route: _Route) -> AgentResult:
+    job = Job(
+        argv=[await _program(sandbox), *_arguments(task, partial=route.proxy is None)],
+        timeout_seconds=task.config.timeout_seconds,
+        max_output_bytes=int(task.config.max_output_mb * 1e6),
+        env=_environment(sandbox, task),
+        stdin_path=task.prompt_path,
+    )
+    complaints = deque[str](maxlen=LAST_LINES)
+    with TranscriptWriter(task.artifacts / "transcript.jsonl", task.redactor) as transcript:
+        transcript.add("prompt", task.prompt)
+        stream = ClaudeStream(transcript)
+
+        def on_line(source: str, line: str) -> None:
+            if source == "stdout":
+                stream.line(line)
+            elif line.strip():
+                transcript.add("output", line, name=source)
+                complaints.append(line.strip())
+
+        with OutputLog(
+            task.artifacts, task.redactor, on_line, max_line_bytes=MAX_STREAM_LINE_BYTES
+        ) as log:
+
+            async def on_output(source: str, chunk: bytes) -> None:
+                await log.feed(source, chunk)
+                _count_partials(stream, route)
+                if stream.turns:
+                    await reporter.progress(_progress(stream, route), cost_usd=route.meter.cost_usd)
+
+            finished = await run_detached(sandbox, f"agent-{task.attempt}", job, on_output)
+            log.finish()
+        _count_partials(stream, route)
+        result = _result(finished, stream, route, task.config, " | ".join(complaints)[-500:])
+        result = result.model_copy(
+            update={
+                "message": task.redactor.text(result.message)[:2000],
+                "secret_leak": log.leaked or transcript.leaked,
+            }
+        )
+        transcript.add("system", result.message, data={"outcome": result.outcome.value})
+    return result
+
+
+async def _program(sandbox: Sandbox) -> str:
+    script = f"test -x {MOUNTED_BINARY} && echo {MOUNTED_BINARY} || command -v claude"
+    found = await sandbox.run(Command(["sh", "-c", script]))
+    program = found.stdout.decode("utf-8", "replace").strip()
+    if found.exit_code != 0 or not program.startswith("/"):
+        msg = "claude: not found in the sandbox; use a sandbox.template that has Claude Code on its PATH"
+        raise AgentError(FailureClass.CONFIG, msg)
+    return program
+
+
+def _arguments(task: Task, *, partial: bool) -> list[str]:
+    config = task.config
+    # The repository's own .claude/settings.json could send the key elsewhere, run commands and
+    # change the model, so only the user's settings are read, of whom there are none. Its
+    # CLAUDE.md, which would go with them, comes back as that of an added folder.
+    argv = ["-p", "--output-format", "stream-json", "--verbose", "--model", task.model]
+    argv += ["--setting-sources", "user", "--strict-mcp-config", "--add-dir", WORKSPACE]
+    argv += ["--settings", json.dumps({"disableAllHooks": True})]
+    argv += ["--max-turns", str(config.max_turns)]
+    if partial:
+        argv.append("--include-partial-messages")
+    if config.max_budget_usd is not None:
+        argv += ["--max-budget-usd", f"{config.max_budget_usd:f}"]
+    if config.append_system_prompt is not None:
+        argv.append(f"--append-system-prompt={config.append_system_prompt}")
+    if config.mcp_config is not None:
+        argv.append(f"--mcp-config={config.mcp_config}")
+    if config.allowed_tools is None:
+        argv += ["--permission-mode", "bypassPermissions"]
+    else:
+        argv += ["--permission-mode", "dontAsk"]
+        argv += [f"--allowed-tools={tool}" for tool in config.allowed_tools]
+    return argv
+
+
+def _environment(sandbox: Sandbox, task: Task) -> dict[str, str]:
+    credential = find_credential(task.environ)
+    proxied = task.exchange_dir is not None
+    env = {
+        "CLAUDE_CODE_MAX_RETRIES": PROXIED_RETRIES if proxied else DIRECT_RETRIES,
+        **agent_env(task),
+        "IS_SANDBOX": "1",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "CLAUDE_CODE_ADDITIONAL_DIRECTORIES_CLAUDE_MD": "1",
+        "DISABLE_AUTOUPDATER": "1",
+    }
+    for name in CREDENTIAL_VARIABLES:
+        env.pop(name, None)
+    if proxied:
+        env["ANTHROPIC_BASE_URL"] = PROXIED_URL
+        env["ANTHROPIC_UNIX_SOCKET"] = f"{EXCHANGE_DIR}/{SOCKET_NAME}"
+        env[credential.variable] = _placeholder(sandbox, task)
+    else:
+        env["ANTHROPIC_BASE_URL"] = base_url(task.environ)
+        env[credential.variable] = credential.value
+    return env
+
+
+def _placeholder(sandbox: Sandbox, task: Task) -> str:
+    credential = find_credential(task.environ)
+    fork = f"{task.fork_num}/{task.attempt}"
+    return credential.placeholder(task.workflow_id, fork, sandbox.sandbox_id)
+
+
+def _prices_path(environ: Mapping[str, str]) -> Path | None:
+    path = environ.get(PRICES_VARIABLE)
+    return Path(path) if path else None
+
+
+def _count_partials(stream: ClaudeStream, route: _Route) -> None:
+    for model, tokens in stream.finished_messages:
+        route.meter.add_tokens(model, tokens)
+    stream.finished_messages.clear()
+
+
+def _progress(stream: ClaudeStream, route: _Route) -> str:
+    usage = route.meter.usage
+    tokens = sum(
+        count or 0
+        for count in (
+            usage.input_tokens,
+            usage.output_tokens,
+            usage.cache_creation_input_tokens,
+            usage.cache_read_input_tokens,
+        )
+    )
+    return f"{stream.progress}, {tokens / 1000:.1f}k tokens" if tokens else stream.progress
+
+
+def _result(
+    finished: Finished, stream: ClaudeStream, route: _Route, config: AgentConfig, complaints: str
+) -> AgentResult:
+    said = stream.result
+    outcome, failure_class, message = (
+        _unsaid(finished, stream, route, config, complaints)
+        if said is None
+        else _judged(said, finished, route, config)
+    )
+    usage, basis = route.meter.usage, "computed"
+    if said is not None and said.report.usage.cost_usd is not None:
+        usage, basis = said.report.usage, "reported"
+    return AgentResult(
+        outcome=outcome,
+        failure_class=failure_class,
+        exit_code=finished.exit_code,
+        message=message,
+        model=stream.model or route.meter.model,
+        agent_version=stream.version,
+        turns=stream.turns if said is None else said.report.turns,
+        usage=usage,
+        cost_basis="unknown" if usage.cost_usd is None else basis,
+        output_truncated=finished.dropped_bytes > 0,
+    )
+
+
+_Verdict = tuple[Outcome, FailureClass | None, str]
+
+
+def _judged(
+    said: StreamResult, finished: Finished, route: _Route, config: AgentConfig
+) -> _Verdict:
+    if finished.timed_out:
+        return _timeout(config)
+    if said.subtype == "error_max_budget_usd" or (said.is_error and route.meter.refused):
+        return _budget(route, config)
+    if said.subtype == "error_max_turns":
+        message = f"the agent used up agent.max_turns ({config.max_turns})"
+        return Outcome.FAILED, FailureClass.AGENT_FAILED, message
+    if said.is_error:
+        reason = route.reason
+        message = said.text or said.subtype
+        if reason and reason not in message:
+            message = f"{message} ({reason})"
+        return Outcome.FAILED, FailureClass.AGENT_FAILED, message
+    if finished.exit_code != 0:
+        message = f"the agent exited with code {finished.exit_code}: {said.text}"
+        return Outcome.FAILED, FailureClass.AGENT_FAILED, message
+    return Outcome.SUCCESS, None, said.text
+
+
+def _unsaid(
+    finished: Finished, stream: ClaudeStream, route: _Route, config: AgentConfig, complaints: str
+) -> _Verdict:
+    code = finished.exit_code
+    if finished.timed_out:
+        return _timeout(config)
+    if route.meter.refused:
+        return _budget(route, config)
+    more = "; ".join(filter(None, (route.reason, complaints)))
+    if finished.dropped_bytes > 0:
+        message = f"the agent's output is larger than agent.max_output_mb ({config.max_output_mb:g} MB), its result was cut off"
+        return Outcome.FAILED, FailureClass.BAD_RESULT, message
+    if code > 128:
+        message = f"the agent was killed by signal {code - 128}"
+    elif code != 0 and not stream.turns and not stream.unreadable:
+        message = f"the agent exited with code {code}"
+    else:
+        message = f"the agent ended with code {code} without a result that can be read"
+        message = f"{message}: {more}" if more else message
+        return Outcome.FAILED, FailureClass.BAD_RESULT, message
+    message = f"{message}: {more}" if more else message
+    return Outcome.FAILED, FailureClass.AGENT_FAILED, message
+
+
+def _timeout(config: AgentConfig) -> _Verdict:
+    message = f"the agent worked longer than agent.timeout_seconds ({config.timeout_seconds:g} s)"
+    return Outcome.TIMEOUT, None, message
+
+
+def _budget(route: _Route, config: AgentConfig) -> _Verdict:
+    limit = f"{config.max_budget_usd:g}" if config.max_budget_usd is not None else "unset"
+    message = f"the agent used up agent.max_budget_usd ({limit} US dollars)"
+    return Outcome.BUDGET_EXCEEDED, None, message

@@ -1,0 +1,21 @@
+"""The code location: what `workspace.yaml` and `dg` load."""
+
+from __future__ import annotations
+
+import os
+
+import dagster as dg
+
+from sandbox_pipeline import demo
+from sandbox_pipeline.defs.build import build_orchestration
+from sandbox_pipeline.defs.orchestrations import load_orchestrations
+from sandbox_pipeline.settings import Settings
+
+
+@dg.definitions
+def defs() -> dg.Definitions:
+    """The main orchestration, prefilled with the demo, and those of the folder."""
+    settings = Settings.from_environ(os.environ)
+    main = build_orchestration(config=demo.CONFIG, executor=settings.executor)
+    named = load_orchestrations(settings.orchestrations, settings.executor)
+    return dg.Definitions.merge(main, *named.definitions)

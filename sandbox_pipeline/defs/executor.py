@@ -1,0 +1,192 @@
+"""How ops run: all on one event loop, with cancellation that works.
+
+`dagster-async-executor` ignores a cancel until the running steps end, because nothing looks at
+the interrupt that Dagster captured. Here each step is an asyncio task; an interrupt cancels them
+all, waits until each has finished its own clean-up, and ends the run as Dagster's other executors
+do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import dagster as dg
+from dagster._core.definitions.executor_definition import (
+    _core_multiprocess_executor_creation,
+    multiple_process_executor_requirements,
+)
+from dagster._core.errors import DagsterExecutionInterruptedError
+from dagster._core.execution.retries import RetryMode
+from dagster._core.execution.step_dependency_config import StepDependencyConfig
+from dagster._core.executor.base import Executor
+from dagster._utils.interrupts import check_captured_interrupt
+from dagster_async_executor.execution.plan.execute_plan import (
+    _trigger_hook,
+    dagster_event_sequence_for_step,
+)
+from dagster_async_executor.execution.plan.execute_step import _verify_if_complete
+from dagster_async_executor.executor import AsyncExecutor
+from dagster_async_executor.executor_definition import async_executor
+
+from sandbox_pipeline.defs.guard import guarded
+from sandbox_pipeline.settings import ExecutorName
+
+if TYPE_CHECKING:
+    from dagster._core.execution.context.system import (
+        PlanExecutionContext,
+        PlanOrchestrationContext,
+    )
+    from dagster._core.execution.plan.active import ActiveExecution
+    from dagster._core.execution.plan.plan import ExecutionPlan
+    from dagster._core.execution.plan.state import KnownExecutionState
+    from dagster._core.execution.plan.step import ExecutionStep
+
+INTERRUPT_POLL_SECONDS = 0.1
+
+
+class CancellableAsyncExecutor(AsyncExecutor):
+    """The async executor, with cancellation."""
+
+    async def _async_execution_iterator(
+        self, job_context: PlanExecutionContext, active: ActiveExecution
+    ) -> AsyncIterator[dg.DagsterEvent]:
+        events: asyncio.Queue[dg.DagsterEvent] = asyncio.Queue()
+        tasks: set[asyncio.Task[None]] = set()
+        interrupted = asyncio.Event()
+        watcher = asyncio.create_task(_watch(tasks, interrupted))
+        try:
+            while not active.is_complete and not interrupted.is_set():
+                for step in active.get_steps_to_execute(limit=None):
+                    work = self._run_step(job_context, active.get_known_state(), step, events)
+                    task = asyncio.create_task(work, name=step.key)
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
+                for event in active.concurrency_event_iterator(job_context):
+                    yield event
+                # Bounded, since a step that waits for its retry or for a pool's slot has no
+                # task that could report anything, and so that an interrupt is seen.
+                wait = min(active.sleep_interval() or INTERRUPT_POLL_SECONDS, INTERRUPT_POLL_SECONDS)
+                event = await _next_event(events, wait)
+                if event is None:
+                    continue
+                async for handled in self._handle(job_context, active, event):
+                    yield handled
+            if interrupted.is_set():
+                active.mark_interrupted()
+                await _finish(tasks)
+                while not events.empty():
+                    async for handled in self._handle(job_context, active, events.get_nowait()):
+                        yield handled
+                raise DagsterExecutionInterruptedError
+        finally:
+            watcher.cancel()
+            for task in tasks:
+                task.cancel()
+            await _finish(tasks)
+
+    async def _handle(
+        self, job_context: PlanExecutionContext, active: ActiveExecution, event: dg.DagsterEvent
+    ) -> AsyncIterator[dg.DagsterEvent]:
+        yield event
+        active.handle_event(event)
+        await _verify_if_complete(job_context, active, event)
+        for plan_event in active.plan_events_iterator(job_context):
+            yield plan_event
+
+    async def _run_step(
+        self,
+        job_context: PlanExecutionContext,
+        known_state: KnownExecutionState,
+        step: ExecutionStep,
+        events: asyncio.Queue[dg.DagsterEvent],
+    ) -> None:
+        step_context = job_context.for_step(step, known_state)
+        step_events: list[dg.DagsterEvent] = []
+        # The interrupt was reported as the step's failure; the run ends with it.
+        with contextlib.suppress(DagsterExecutionInterruptedError):
+            async for event in dagster_event_sequence_for_step(step_context):
+                events.put_nowait(event)
+                step_events.append(event)
+            async for event in _trigger_hook(step_context, step_events):
+                events.put_nowait(event)
+
+
+async def _watch(tasks: set[asyncio.Task[None]], interrupted: asyncio.Event) -> None:
+    while not check_captured_interrupt():
+        await asyncio.sleep(INTERRUPT_POLL_SECONDS)
+    interrupted.set()
+    for task in tasks:
+        task.cancel()
+
+
+async def _next_event(
+    events: asyncio.Queue[dg.DagsterEvent], seconds: float
+) -> dg.DagsterEvent | None:
+    with contextlib.suppress(TimeoutError):
+        return await asyncio.wait_for(events.get(), seconds)
+    return None
+
+
+async def _finish(tasks: set[asyncio.Task[None]]) -> None:
+    if tasks:
+        await asyncio.wait(set(tasks))
+
+
+class GuardedExecutor(Executor):
+    """Any executor, under guard: see `guarded`."""
+
+    def __init__(self, inner: Executor) -> None:
+        self._inner = inner
+
+    @property
+    def retries(self) -> RetryMode:
+        """See Dagster's `Executor.retries`."""
+        return self._inner.retries
+
+    @property
+    def step_dependency_config(self) -> StepDependencyConfig:
+        """See Dagster's `Executor.step_dependency_config`."""
+        return self._inner.step_dependency_config
+
+    def execute(
+        self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan
+    ) -> Iterator[dg.DagsterEvent]:
+        """See Dagster's `Executor.execute`."""
+        with guarded(plan_context.instance, plan_context.run_id):
+            yield from self._inner.execute(plan_context, execution_plan)
+
+
+@dg.executor(name="sandbox_async", config_schema=async_executor.config_schema)
+def sandbox_async_executor(init_context: dg.InitExecutorContext) -> GuardedExecutor:
+    """All ops on one event loop of the run's worker."""
+    config = cast("dict[str, Any]", init_context.executor_config)
+    return GuardedExecutor(
+        CancellableAsyncExecutor(
+            retries=RetryMode.from_config(config["retries"]) or RetryMode.ENABLED,
+            max_concurrent=config.get("max_concurrent"),
+            tag_concurrency_limits=config.get("tag_concurrency_limits"),
+            step_dependency_config=StepDependencyConfig.from_config(
+                config.get("step_dependency_config")
+            ),
+        )
+    )
+
+
+@dg.executor(
+    name="sandbox_multiprocess",
+    config_schema=dg.multiprocess_executor.config_schema,
+    requirements=multiple_process_executor_requirements(),
+)
+def sandbox_multiprocess_executor(init_context: dg.InitExecutorContext) -> GuardedExecutor:
+    """A process for every op."""
+    return GuardedExecutor(
+        _core_multiprocess_executor_creation(cast("Any", init_context.executor_config))
+    )
+
+
+def executor_named(name: ExecutorName) -> dg.ExecutorDefinition:
+    """The executor that `SANDBOX_PIPELINE_EXECUTOR` names."""
+    return sandbox_multiprocess_executor if name == "multiprocess" else sandbox_async_executor

@@ -1,0 +1,146 @@
+"""The seven ops. They adapt; what happens is decided in `lifecycle` and `orchestrating`."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+import dagster as dg
+import pandas as pd
+from dagster._core.errors import DagsterExecutionInterruptedError
+
+from sandbox_pipeline import orchestrating
+from sandbox_pipeline.config import parse_config
+from sandbox_pipeline.defs.presentation import fork_metrics_metadata
+from sandbox_pipeline.lifecycle import ForkLife
+from sandbox_pipeline.metrics import frame
+from sandbox_pipeline.records import Event, ForkRef
+from sandbox_pipeline.runtime import Announce, Runtime
+from sandbox_pipeline.store import tables
+
+T = TypeVar("T")
+
+RUNTIME = "pipeline_runtime"
+WORKFLOW_TAG = "sandbox_pipeline/workflow_id"
+FINISHED = (
+    dg.DagsterRunStatus.SUCCESS,
+    dg.DagsterRunStatus.FAILURE,
+    dg.DagsterRunStatus.CANCELED,
+)
+
+
+def _priority(step: int) -> dict[str, str]:
+    """Later stages first: a fork that has a sandbox is finished before another gets one."""
+    return {"dagster/priority": str(step)}
+
+
+@dg.op(
+    config_schema={"orchestration": dg.Permissive()},
+    out=dg.DynamicOut(ForkRef),
+    required_resource_keys={RUNTIME},
+    tags=_priority(0),
+)
+async def orchestrate(context: dg.OpExecutionContext) -> AsyncIterator[dg.DynamicOutput[ForkRef]]:
+    """Pin the repository's commit, run the setup once, and plan the forks."""
+    config = parse_config(context.op_config["orchestration"])
+    run = context.run
+    # Retries and re-executions of a run share its root: they resume the same orchestration.
+    workflow_id = config.workflow_id or f"wf-{(run.root_run_id or run.run_id)[:8]}"
+    context.instance.add_run_tags(run.run_id, {WORKFLOW_TAG: workflow_id})
+    runtime = _runtime(context)
+    refs = await _interruptible(
+        orchestrating.begin(
+            runtime,
+            config,
+            workflow_id,
+            run.run_id,
+            previous_ended=await _previous_ended(context, workflow_id),
+            announce=_announce(context),
+        )
+    )
+    for ref in refs:
+        yield dg.DynamicOutput(ref, mapping_key=f"fork_{ref.fork_num:03d}")
+
+
+@dg.op(required_resource_keys={RUNTIME}, tags=_priority(1))
+async def create_sandbox(context: dg.OpExecutionContext, fork: ForkRef) -> ForkRef:
+    """Wait for a slot, then create the fork's sandbox with the repository in it."""
+    await _interruptible(_life(context, fork).create_sandbox())
+    return fork
+
+
+@dg.op(required_resource_keys={RUNTIME}, tags=_priority(2))
+async def health_check(context: dg.OpExecutionContext, fork: ForkRef) -> ForkRef:
+    """Let only a healthy sandbox through."""
+    await _interruptible(_life(context, fork).health_check())
+    return fork
+
+
+@dg.op(required_resource_keys={RUNTIME}, tags=_priority(3))
+async def run_agent(context: dg.OpExecutionContext, fork: ForkRef) -> ForkRef:
+    """Run the agent on the prompt, and take its patch."""
+    await _interruptible(_life(context, fork).run_agent())
+    return fork
+
+
+@dg.op(required_resource_keys={RUNTIME}, tags=_priority(4))
+async def record_metrics(context: dg.OpExecutionContext, fork: ForkRef) -> ForkRef:
+    """Record what the fork and its sandbox used."""
+    await _interruptible(_life(context, fork).record_metrics())
+    return fork
+
+
+@dg.op(required_resource_keys={RUNTIME}, tags=_priority(5))
+async def cleanup_sandbox(context: dg.OpExecutionContext, fork: ForkRef) -> ForkRef:
+    """End the fork's sandbox, whatever happened before."""
+    await _interruptible(_life(context, fork).cleanup_sandbox())
+    return fork
+
+
+@dg.op(required_resource_keys={RUNTIME}, tags=_priority(6))
+async def check_completion(context: dg.OpExecutionContext, forks: list[ForkRef]) -> pd.DataFrame:
+    """Compare what came with what was planned; one row for every planned fork."""
+    done = await _interruptible(
+        orchestrating.complete(
+            _runtime(context), forks[0].workflow_id, context.run_id, _announce(context)
+        )
+    )
+    metadata = fork_metrics_metadata(done)
+    if done.error is not None:
+        # The rows are worth showing, but a failed step has no output to attach them to.
+        raise dg.Failure(description=done.error, metadata=metadata, allow_retries=False)
+    context.add_output_metadata(metadata)
+    return frame(tables.fork_metrics, done.rows)
+
+
+def _runtime(context: dg.OpExecutionContext) -> Runtime:
+    return getattr(context.resources, RUNTIME)
+
+
+def _life(context: dg.OpExecutionContext, fork: ForkRef) -> ForkLife:
+    return ForkLife(_runtime(context), fork, context.run_id, _announce(context))
+
+
+def _announce(context: dg.OpExecutionContext) -> Announce:
+    def announce(event: Event) -> None:
+        details = " ".join(f"{name}={json.dumps(value)}" for name, value in event.payload.items())
+        fork = "" if event.fork_num is None else f" fork={event.fork_num}"
+        context.log.info(f"{event.name}{fork} {details}".rstrip())  # noqa: G004 - Dagster's log has no lazy arguments
+
+    return announce
+
+
+async def _previous_ended(context: dg.OpExecutionContext, workflow_id: str) -> bool:
+    owner = await orchestrating.owner_of(_runtime(context), workflow_id)
+    if owner is None:
+        return True
+    run = context.instance.get_run_by_id(owner.run_id)
+    return run is not None and run.status in FINISHED
+
+
+async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
+    """Dagster's word for being cancelled."""
+    try:
+        return await work
+    except asyncio.CancelledError:
+        raise DagsterExecutionInterruptedError from None

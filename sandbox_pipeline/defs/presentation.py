@@ -1,0 +1,82 @@
+"""Results as Dagster's metadata: a table to read, numbers that become trends, links."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import dagster as dg
+
+from sandbox_pipeline.metrics import Row
+from sandbox_pipeline.orchestrating import Completed
+
+Metadata = dict[str, dg.MetadataValue]
+
+_COLUMNS = (
+    "fork_num",
+    "outcome",
+    "failure_class",
+    "message",
+    "queue_seconds",
+    "create_seconds",
+    "agent_seconds",
+    "total_seconds",
+    "turns",
+    "output_tokens",
+    "cost_usd",
+    "files_changed",
+    "insertions",
+    "deletions",
+    "exit_code",
+)
+_NUMBERS = (
+    "num_forks",
+    "succeeded",
+    "failed",
+    "timed_out",
+    "cancelled",
+    "over_budget",
+    "success_rate",
+    "cost_usd",
+    "total_seconds_p50",
+    "total_seconds_p95",
+    "wall_seconds",
+    "sandbox_seconds",
+    "paid_idle_seconds",
+)
+MAX_TABLE_ROWS = 200
+MAX_MESSAGE_CHARS = 160
+
+
+def fork_metrics_metadata(done: Completed) -> Metadata:
+    """The table of forks, where their artifacts are, and the numbers of the summary."""
+    return {
+        "forks": dg.MetadataValue.table([_record(row) for row in done.rows[:MAX_TABLE_ROWS]]),
+        "artifacts": dg.MetadataValue.path(Path(done.orchestration.artifacts)),
+        "workflow_id": dg.MetadataValue.text(done.orchestration.workflow_id),
+        **summary_metadata(done.summary),
+    }
+
+
+def summary_metadata(summary: Row) -> Metadata:
+    """Numbers only; unknown ones are left out, so that no plot shows a false 0."""
+    metadata: Metadata = {}
+    for name in _NUMBERS:
+        value = summary[name]
+        if isinstance(value, int):
+            metadata[name] = dg.MetadataValue.int(value)
+        elif value is not None:
+            metadata[name] = dg.MetadataValue.float(float(value))
+    return metadata
+
+
+def _record(row: Row) -> dg.TableRecord:
+    values: dict[str, str | int | float | bool] = {}
+    for name in _COLUMNS:
+        value = row[name]
+        if value is None:
+            values[name] = ""
+        elif isinstance(value, float):
+            values[name] = round(value, 4)
+        else:
+            values[name] = value if isinstance(value, int) else str(value)[:MAX_MESSAGE_CHARS]
+    return dg.TableRecord(values)

@@ -1,0 +1,209 @@
+"""Sandboxes by lease: intent before creation, and every doubt resolved by the provider's list."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from sandbox_pipeline.clock import now
+from sandbox_pipeline.config import RetryConfig
+from sandbox_pipeline.errors import ProviderError
+from sandbox_pipeline.records import Lease, Orchestration, SandboxState
+from sandbox_pipeline.retrying import next_pause, patiently
+from sandbox_pipeline.runtime import APP, Runtime
+from sandbox_pipeline.sandboxes.base import Network, Sandbox, SandboxSpec
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+BeforeAttempt = Callable[[], Awaitable[int]]
+"""Counts an attempt durably and gives its number, from 1."""
+AfterFailure = Callable[[int, ProviderError], Awaitable[None]]
+"""Hears of an attempt that failed."""
+
+
+def new_lease(
+    orchestration: Orchestration, run_id: str, *, fork_num: int | None, attempt: int
+) -> Lease:
+    """An intent that is not stored yet; `fork_num` None is the base for all forks."""
+    label = "base" if fork_num is None else f"{fork_num:03d}"
+    return Lease(
+        lease_id=f"sp-{label}-{attempt}-{secrets.token_hex(8)}",
+        workflow_id=orchestration.workflow_id,
+        fork_num=fork_num,
+        attempt=attempt,
+        provider=orchestration.provider,
+        purpose="base" if fork_num is None else "fork",
+        owner_run=run_id,
+        intent_at=now(),
+    )
+
+
+async def wait_for_permit(runtime: Runtime, orchestration: Orchestration) -> int:
+    """Wait until the rate limit lets one more sandbox be created; the permit."""
+    limit = orchestration.config.rate_limit
+    while True:
+        answer = await runtime.store.take_permit(
+            orchestration.provider, limit.starts, limit.window_ms
+        )
+        if isinstance(answer, int):
+            return answer
+        await asyncio.sleep(answer)
+
+
+async def create(
+    runtime: Runtime,
+    orchestration: Orchestration,
+    lease: Lease,
+    *,
+    permit: int,
+    network: Network,
+    base: str | None,
+    before_attempt: BeforeAttempt,
+    after_failure: AfterFailure,
+) -> tuple[Lease, Sandbox]:
+    """Turn a stored intent into a live sandbox, with the retries that the errors' table allows.
+
+    When it raises, the lease is gone, or `UNKNOWN` where not even the list could be read.
+
+    Raises:
+        ProviderError: no attempt is left, or none makes sense.
+    """
+    provider = runtime.provider(orchestration.provider)
+    retry = orchestration.config.retry
+    spec = SandboxSpec(
+        lease_id=lease.lease_id,
+        metadata=await _metadata(runtime, lease),
+        ttl_seconds=orchestration.config.sandbox.orphan_grace_seconds,
+        network=network,
+        config=orchestration.config.sandbox,
+        base=base,
+        mounts=runtime.agent(orchestration.config.agent.kind).mounts(
+            orchestration.config.agent, runtime.environ
+        ),
+    )
+
+    async def once() -> tuple[Lease, Sandbox]:
+        sandbox = await provider.create(spec)
+        return await _now_live(runtime, lease, sandbox), sandbox
+
+    pending: int | None = permit
+    while True:
+        attempt = await before_attempt()
+        if pending is None:
+            pending = await wait_for_permit(runtime, orchestration)
+        try:
+            return await shielded(_permitted(runtime, pending, once))
+        except ProviderError as error:
+            pending = None
+            await after_failure(attempt, error)
+            if error.policy.reconcile:
+                try:
+                    found = await adopt(runtime, lease, retry)
+                except ProviderError:
+                    await runtime.store.update(
+                        Lease, lease.key, lambda it: it.evolve(state=SandboxState.UNKNOWN)
+                    )
+                    raise
+                if found is not None:
+                    return found
+            pause = next_pause(retry, error, attempt)
+            if pause is None:
+                await _now_gone(runtime, lease, f"never created: {error}")
+                raise
+        await asyncio.sleep(pause)
+
+
+async def adopt(
+    runtime: Runtime, lease: Lease, retry: RetryConfig
+) -> tuple[Lease, Sandbox] | None:
+    """Find what a creation without an answer left: keep one sandbox, end any other.
+
+    Raises:
+        ProviderError: the list can't be read.
+    """
+    provider = runtime.provider(lease.provider)
+    wanted = {"app": APP, "deployment_id": await runtime.deployment_id(), "lease_id": lease.lease_id}
+    found = list(await patiently(retry, lambda: provider.list(wanted)))
+    for extra in found[1:]:
+        await patiently(retry, lambda sandbox_id=extra.sandbox_id: provider.kill(sandbox_id))
+    if not found:
+        return None
+    sandbox = await patiently(retry, lambda: provider.connect(found[0].sandbox_id))
+    return await _now_live(runtime, lease, sandbox), sandbox
+
+
+async def end(runtime: Runtime, lease: Lease, retry: RetryConfig, *, note: str) -> Lease:
+    """End the sandbox of a lease, or make sure that there is none.
+
+    Raises:
+        ProviderError: it could not be confirmed; the lease stays `KILLING` for the reaper.
+    """
+    provider = runtime.provider(lease.provider)
+    if lease.sandbox_id is None:
+        wanted = {
+            "app": APP,
+            "deployment_id": await runtime.deployment_id(),
+            "lease_id": lease.lease_id,
+        }
+        targets = [item.sandbox_id for item in await patiently(retry, lambda: provider.list(wanted))]
+    else:
+        targets = [lease.sandbox_id]
+        lease = await runtime.store.update(
+            Lease, lease.key, lambda it: it.evolve(state=SandboxState.KILLING)
+        )
+    for target in targets:
+        await patiently(retry, lambda sandbox_id=target: provider.kill(sandbox_id))
+    return await _now_gone(runtime, lease, note)
+
+
+async def shielded(work: Coroutine[Any, Any, T]) -> T:
+    """Finish `work` even when cancelled in the middle; the cancellation then goes on."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled() and task.exception() is not None:
+            logger.warning("while being cancelled: %s", task.exception())
+        raise
+
+
+async def _permitted(runtime: Runtime, permit: int, call: Callable[[], Awaitable[T]]) -> T:
+    try:
+        return await call()
+    finally:
+        await runtime.store.finish_permit(permit)
+
+
+async def _metadata(runtime: Runtime, lease: Lease) -> dict[str, str]:
+    return {
+        "app": APP,
+        "deployment_id": await runtime.deployment_id(),
+        "workflow_id": lease.workflow_id,
+        "fork_num": "base" if lease.fork_num is None else str(lease.fork_num),
+        "attempt": str(lease.attempt),
+        "lease_id": lease.lease_id,
+    }
+
+
+async def _now_live(runtime: Runtime, lease: Lease, sandbox: Sandbox) -> Lease:
+    return await runtime.store.update(
+        Lease,
+        lease.key,
+        lambda it: it.evolve(
+            state=SandboxState.LIVE, sandbox_id=sandbox.sandbox_id, live_at=now()
+        ),
+    )
+
+
+async def _now_gone(runtime: Runtime, lease: Lease, note: str) -> Lease:
+    return await runtime.store.update(
+        Lease,
+        lease.key,
+        lambda it: it.evolve(state=SandboxState.GONE, gone_at=now(), note=note[:500]),
+    )

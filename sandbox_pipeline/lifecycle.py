@@ -1,0 +1,586 @@
+"""One fork's life. The only place where exceptions become values.
+
+Each method is one stage, reads the store, skips what is done, and leaves its result there: a
+stage that is run again after a crash goes on where the crashed one was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sandbox_pipeline import leasing, preparation
+from sandbox_pipeline.agents.base import PROMPT_FILE, Task
+from sandbox_pipeline.clock import now
+from sandbox_pipeline.errors import (
+    AgentError,
+    ErrorKind,
+    FailureClass,
+    ProviderError,
+    StoreError,
+)
+from sandbox_pipeline.records import (
+    AgentResult,
+    Control,
+    Event,
+    Failure,
+    Fork,
+    ForkRef,
+    Lease,
+    Orchestration,
+    Outcome,
+    SandboxState,
+    Stage,
+    fork_key,
+    orchestration_key,
+)
+from sandbox_pipeline.retrying import patiently
+from sandbox_pipeline.runtime import Announce, Runtime
+from sandbox_pipeline.sandboxes.base import STATE_DIR, WORKSPACE, Command, Resources, Sandbox
+from sandbox_pipeline.sandboxes.steady import SteadySandbox
+from sandbox_pipeline.workspace.checkout import tail, take_patch
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_SECONDS = 1.0
+SLOT_POLL_SECONDS = 0.25
+MAX_MESSAGE_CHARS = 1000
+
+_Change = Callable[[Fork], Fork]
+
+_HEALTHY = "git rev-parse HEAD > /dev/null && touch .git/healthy && rm .git/healthy"
+
+
+class ForkLife:
+    """The stages of one fork.
+
+    Args:
+        runtime: of this process.
+        ref: which fork.
+        run_id: the Dagster run that works on it.
+        announce: shows each event where people watch.
+    """
+
+    def __init__(self, runtime: Runtime, ref: ForkRef, run_id: str, announce: Announce) -> None:
+        self._runtime = runtime
+        self._store = runtime.store
+        self._ref = ref
+        self._key = fork_key(ref.workflow_id, ref.fork_num)
+        self._run_id = run_id
+        self._announce = announce
+
+    async def create_sandbox(self) -> None:
+        """Wait for a slot, then create a sandbox with the repository in it.
+
+        A fork that has a live sandbox from an earlier run goes on with that one.
+        """
+        await self._run(Stage.CREATE, self._create_stage)
+
+    async def health_check(self) -> None:
+        """Let only a healthy sandbox through; replace one that is not, as retries allow."""
+        await self._run(Stage.HEALTH, self._health_stage)
+
+    async def run_agent(self) -> None:
+        """Run the agent to its end, or follow the one that an earlier run started."""
+        await self._run(Stage.AGENT, self._agent_stage)
+
+    async def record_metrics(self) -> Resources:
+        """What the sandbox used, asked while it still lives; also where the fork failed."""
+        fork = await self._store.need(Fork, self._key)
+        resources = Resources()
+        if fork.sandbox_state is SandboxState.LIVE:
+            orchestration = await self._orchestration()
+            try:
+                sandbox = await self._connect(fork, orchestration)
+                resources = await sandbox.resources()
+            except ProviderError as error:
+                logger.info("%s: no resource figures: %s", self._key, error)
+        payload = {name: value for name, value in vars(resources).items() if value is not None}
+        await self.event("metrics-recorded", {"outcome": fork.outcome.value, **payload})
+        return resources
+
+    async def cleanup_sandbox(self) -> None:
+        """End the fork's sandbox, whatever happened to the fork before.
+
+        Its slot is free afterwards. A sandbox that can't be ended now is left to the reaper;
+        the outcome stays what it is.
+        """
+        orchestration = await self._orchestration()
+        began = time.monotonic()
+        await self._count("cleanup")
+        try:
+            ended = await self._end_sandboxes(orchestration, note="fork ended")
+        except ProviderError as error:
+            logger.warning("%s: sandbox left to the reaper: %s", self._key, error)
+            await self.event("sandbox-cleaned", {"ok": False, "reason": _short(str(error))})
+            ended = []
+        seconds = time.monotonic() - began
+        self._runtime.slots.give_back(self._ref)
+
+        def finish(fork: Fork) -> Fork:
+            if fork.ended_at is not None:
+                return fork
+            ended_at = now()
+            return fork.evolve(
+                stage=Stage.DONE,
+                progress="",
+                ended_at=ended_at,
+                total_seconds=ended_at.seconds_since(fork.started_at) if fork.started_at else 0.0,
+                timings=fork.timings.model_copy(update={"cleanup_seconds": seconds}),
+            )
+
+        await self._change(finish)
+        for lease in ended:
+            await self.event("sandbox-cleaned", {"ok": True, "sandbox_id": lease.sandbox_id})
+
+    async def show_progress(self, text: str, cost_usd: float | None) -> None:
+        """Put a short line into the fork's record, for those who watch."""
+        line = " ".join(text.split())[:120]
+        await self._store.update(
+            Fork, self._key, lambda it: it.evolve(progress=line, cost_so_far_usd=cost_usd)
+        )
+
+    async def _run(
+        self, stage: Stage, work: Callable[[Fork, Orchestration], Awaitable[None]]
+    ) -> None:
+        """Do the work of a stage, unless the fork is done; an exception becomes its outcome."""
+        fork = await self._store.need(Fork, self._key)
+        if fork.outcome.is_terminal:
+            return
+        orchestration = await self._orchestration()
+        try:
+            await work(fork, orchestration)
+        except ProviderError as error:
+            policy = error.policy
+            failure_class = policy.failure_class
+            if error.kind is ErrorKind.GONE and stage is Stage.CREATE:
+                failure_class = FailureClass.CREATION_FAILED
+            await self._fail(failure_class, str(error), stage=stage, fatal=policy.fatal)
+        except AgentError as error:
+            await self._fail(error.failure_class, str(error), stage=stage)
+        except StoreError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the boundary: a fork's failure is a value
+            logger.exception("%s: unexpected error in stage %s", self._key, stage)
+            text = f"unexpected {type(error).__name__}: {error}"
+            await self._fail(FailureClass.INTERNAL, text, stage=stage)
+
+    async def _create_stage(self, fork: Fork, orchestration: Orchestration) -> None:
+        fork = await self._resume(fork, orchestration)
+        if fork.stage is not Stage.QUEUE:
+            await self._runtime.slots.take(self._ref, orchestration.config.max_concurrent)
+            return
+        lease, permit = await self._wait_in_queue(orchestration)
+        if lease is not None:
+            await self._create(orchestration, lease, permit)
+
+    async def _health_stage(self, fork: Fork, orchestration: Orchestration) -> None:
+        if fork.stage is not Stage.HEALTH:
+            return
+        began = time.monotonic()
+        while True:
+            attempt = await self._count("health")
+            problem = await self._check(fork, orchestration)
+            if problem is None:
+                break
+            await self.event("health-check-failed", {"attempt": attempt, "reason": problem})
+            await self._end_sandboxes(orchestration, note=f"unhealthy: {problem}")
+            if attempt >= orchestration.config.retry.attempts:
+                await self._fail(FailureClass.UNHEALTHY, problem)
+                return
+            lease, permit = await self._wait_in_queue(orchestration)
+            if lease is None:
+                return
+            fork = await self._create(orchestration, lease, permit)
+        seconds = time.monotonic() - began
+        await self._change(
+            lambda it: it.evolve(timings=it.timings.model_copy(update={"health_seconds": seconds})),
+            "health-check-passed",
+            {"attempt": attempt},
+        )
+
+    async def _agent_stage(self, fork: Fork, orchestration: Orchestration) -> None:
+        if fork.stage is not Stage.AGENT:
+            fork = await self._change(
+                lambda it: it.evolve(
+                    stage=Stage.AGENT,
+                    agent_started_at=now(),
+                    attempts=_counted(it.attempts, "agent"),
+                )
+            )
+        sandbox = await self._connect(fork, orchestration)
+        beat = asyncio.create_task(self._keep_alive(sandbox, orchestration))
+        try:
+            result = fork.result or await self._agent_result(fork, orchestration, sandbox)
+            await self._save_result(fork, orchestration, sandbox, result)
+        finally:
+            beat.cancel()
+            await asyncio.wait({beat})
+
+    async def _resume(self, fork: Fork, orchestration: Orchestration) -> Fork:
+        """Take over what an earlier run left of this fork."""
+        if fork.stage in (Stage.HEALTH, Stage.AGENT) and fork.sandbox_id is not None:
+            try:
+                await self._connect(fork, orchestration)
+            except ProviderError as error:
+                if error.kind is not ErrorKind.GONE:
+                    raise
+                logger.info("%s: its sandbox did not outlive the crash: %s", self._key, error)
+            else:
+                return await self._change(
+                    lambda it: it.evolve(run_id=self._run_id),
+                    "fork-resumed",
+                    {"sandbox_id": fork.sandbox_id, "stage": fork.stage.value},
+                )
+        await self._end_sandboxes(orchestration, note="left by a crashed run")
+        if fork.stage is Stage.QUEUE:
+            return fork
+        if fork.attempts.get("agent", 0) >= orchestration.config.retry.attempts:
+            msg = "the sandbox was lost, and no attempt is left"
+            raise ProviderError(ErrorKind.GONE, msg)
+        return await self._change(lambda it: it.evolve(stage=Stage.QUEUE), "fork-resumed", {})
+
+    async def _wait_in_queue(self, orchestration: Orchestration) -> tuple[Lease | None, int]:
+        """A slot and the rate limit's permission; no lease where the fork must not start."""
+        began = time.monotonic()
+        limit = orchestration.config.max_concurrent
+        await self._change(lambda it: it.evolve(queued_at=it.queued_at or now()))
+        await self._runtime.slots.take(self._ref, limit)
+        fork = await self._store.need(Fork, self._key)
+        attempt = fork.attempts.get("create", 0) + 1
+        wanted = leasing.new_lease(
+            orchestration, self._run_id, fork_num=self._ref.fork_num, attempt=attempt
+        )
+        while True:
+            current = await self._orchestration()
+            if current.fatal is not None:
+                await self._fail(current.fatal.failure_class, current.fatal.message)
+                return None, 0
+            if current.control is Control.CANCEL:
+                await self._end_as(Outcome.CANCELLED, "cancelled before it started")
+                return None, 0
+            lease = await self._store.admit(wanted, limit)
+            if lease is not None:
+                break
+            await asyncio.sleep(SLOT_POLL_SECONDS)
+        permit = await leasing.wait_for_permit(self._runtime, orchestration)
+        waited = time.monotonic() - began
+
+        def leave(fork: Fork) -> Fork:
+            queued = (fork.timings.queue_seconds or 0.0) + waited
+            return fork.evolve(
+                outcome=Outcome.RUNNING,
+                stage=Stage.CREATE,
+                started_at=fork.started_at or now(),
+                run_id=self._run_id,
+                provider=orchestration.provider,
+                sandbox_state=SandboxState.INTENT,
+                timings=fork.timings.model_copy(update={"queue_seconds": queued}),
+            )
+
+        first = fork.started_at is None
+        payload = {"queue_seconds": round(waited, 3)}
+        await self._change(leave, "fork-started" if first else "fork-restarted", payload)
+        return lease, permit
+
+    async def _create(self, orchestration: Orchestration, lease: Lease, permit: int) -> Fork:
+        began = time.monotonic()
+
+        async def before_attempt() -> int:
+            return await self._count("create")
+
+        async def after_failure(attempt: int, error: ProviderError) -> None:
+            payload = {"attempt": attempt, "kind": error.kind.value, "reason": _short(str(error))}
+            await self.event("sandbox-creation-failed", payload)
+
+        lease, sandbox = await leasing.create(
+            self._runtime,
+            orchestration,
+            lease,
+            permit=permit,
+            network=preparation.network_of(orchestration),
+            base=orchestration.base_snapshot,
+            before_attempt=before_attempt,
+            after_failure=after_failure,
+        )
+        await self._change(
+            lambda it: it.evolve(sandbox_id=lease.sandbox_id, sandbox_state=SandboxState.LIVE)
+        )
+        await preparation.put(
+            self._steady(sandbox, orchestration), orchestration, self._ref.fork_num
+        )
+        seconds = time.monotonic() - began
+
+        def created(fork: Fork) -> Fork:
+            total = (fork.timings.create_seconds or 0.0) + seconds
+            return fork.evolve(
+                stage=Stage.HEALTH,
+                timings=fork.timings.model_copy(update={"create_seconds": total}),
+            )
+
+        return await self._change(
+            created,
+            "sandbox-created",
+            {"sandbox_id": lease.sandbox_id, "create_seconds": round(seconds, 3)},
+        )
+
+    async def _check(self, fork: Fork, orchestration: Orchestration) -> str | None:
+        """None when healthy, else why not."""
+        check = orchestration.config.health_check
+        problem = "no check was made"
+        for attempt in range(check.attempts):
+            if attempt:
+                await asyncio.sleep(check.interval_seconds)
+            try:
+                sandbox = await self._connect(fork, orchestration)
+                result = await sandbox.run(
+                    Command(
+                        ["sh", "-c", check.command or _HEALTHY],
+                        cwd=WORKSPACE,
+                        timeout_seconds=check.timeout_seconds,
+                    )
+                )
+            except ProviderError as error:
+                if error.policy.fatal:
+                    raise
+                problem = _short(str(error))
+                continue
+            if result.exit_code == 0:
+                return None
+            problem = f"health check exited with {result.exit_code}: {tail(result, 200)}"
+        return problem
+
+    async def _agent_result(
+        self, fork: Fork, orchestration: Orchestration, sandbox: Sandbox
+    ) -> AgentResult:
+        config = orchestration.config
+        prompt_path = f"{STATE_DIR}/{PROMPT_FILE}"
+        folder = artifacts_of(orchestration, fork)
+        folder.mkdir(parents=True, exist_ok=True)
+        await sandbox.write(prompt_path, config.prompt.encode())
+        task = Task(
+            workflow_id=self._ref.workflow_id,
+            fork_num=self._ref.fork_num,
+            attempt=fork.attempts["agent"],
+            prompt=config.prompt,
+            prompt_path=prompt_path,
+            model=config.model,
+            config=config.agent,
+            artifacts=folder,
+            environ=self._runtime.environ,
+            redactor=self._runtime.redactor(orchestration),
+        )
+        agent = self._runtime.agent(config.agent.kind)
+        try:
+            return await agent.run(sandbox, task, _Reporter(self))
+        except AgentError as error:
+            return AgentResult(
+                outcome=Outcome.FAILED,
+                failure_class=error.failure_class,
+                message=_short(task.redactor.text(str(error))),
+            )
+
+    async def _save_result(
+        self, fork: Fork, orchestration: Orchestration, sandbox: Sandbox, result: AgentResult
+    ) -> None:
+        began = fork.agent_started_at or now()
+        seconds = fork.timings.agent_seconds or now().seconds_since(began)
+        redactor = self._runtime.redactor(orchestration)
+        result = result.model_copy(update={"message": _short(redactor.text(result.message))})
+        # Stored before the patch is taken: what was paid for survives a crash from here on.
+        await self._change(
+            lambda it: it.evolve(
+                result=result,
+                timings=it.timings.model_copy(update={"agent_seconds": seconds}),
+            )
+        )
+        patch, message = None, result.message
+        try:
+            patch = await take_patch(
+                sandbox,
+                orchestration.base_commit or "",
+                artifacts_of(orchestration, fork) / "patch.diff",
+                redactor,
+                max_bytes=int(orchestration.config.max_patch_mb * 1e6),
+            )
+        except AgentError as error:
+            if result.outcome is Outcome.SUCCESS:
+                raise
+            message = _short(f"{message}; {error}")
+        if patch is not None and patch.size_bytes == 0 and result.outcome is Outcome.SUCCESS:
+            message = _short(f"the agent changed nothing. {message}".strip())
+        name = "agent-completed" if result.outcome is Outcome.SUCCESS else "agent-failed"
+        await self._change(
+            lambda it: it.evolve(
+                outcome=result.outcome,
+                failure_class=result.failure_class,
+                message=message,
+                stage=Stage.METRICS,
+                patch=patch,
+            ),
+            name,
+            {
+                "outcome": result.outcome.value,
+                "exit_code": result.exit_code,
+                "seconds": round(seconds, 3),
+                "message": message[:200],
+            },
+        )
+
+    async def _keep_alive(self, sandbox: Sandbox, orchestration: Orchestration) -> None:
+        grace = orchestration.config.sandbox.orphan_grace_seconds
+        while True:
+            # A failed extension is no reason to stop the agent; the next one may succeed.
+            with contextlib.suppress(ProviderError):
+                await sandbox.extend(grace)
+            await asyncio.sleep(grace / 3)
+
+    async def _end_sandboxes(self, orchestration: Orchestration, *, note: str) -> list[Lease]:
+        """End all sandboxes of this fork that are not known to be gone."""
+        ended: list[Lease] = []
+        for lease in await self._store.leases(self._ref.workflow_id):
+            if lease.fork_num == self._ref.fork_num:
+                ended.append(
+                    await leasing.end(self._runtime, lease, orchestration.config.retry, note=note)
+                )
+        if ended:
+            alive = sum(
+                lease.gone_at.seconds_since(lease.live_at)
+                for lease in ended
+                if lease.live_at and lease.gone_at
+            )
+
+            def gone(fork: Fork) -> Fork:
+                total = (fork.timings.sandbox_seconds or 0.0) + alive
+                return fork.evolve(
+                    sandbox_state=SandboxState.GONE,
+                    timings=fork.timings.model_copy(update={"sandbox_seconds": total}),
+                )
+
+            await self._change(gone)
+        return ended
+
+    async def _connect(self, fork: Fork, orchestration: Orchestration) -> Sandbox:
+        if fork.sandbox_id is None:
+            msg = "the fork has no sandbox"
+            raise ProviderError(ErrorKind.GONE, msg)
+        provider = self._runtime.provider(orchestration.provider)
+        retry = orchestration.config.retry
+        sandbox_id = fork.sandbox_id
+        sandbox = await patiently(retry, lambda: provider.connect(sandbox_id))
+        return self._steady(sandbox, orchestration)
+
+    def _steady(self, sandbox: Sandbox, orchestration: Orchestration) -> Sandbox:
+        return SteadySandbox(sandbox, orchestration.config.retry)
+
+    async def _orchestration(self) -> Orchestration:
+        return await self._store.need(Orchestration, orchestration_key(self._ref.workflow_id))
+
+    async def _fail(
+        self,
+        failure_class: FailureClass,
+        message: str,
+        *,
+        stage: Stage | None = None,
+        fatal: bool = False,
+    ) -> None:
+        orchestration = await self._orchestration()
+        message = _short(self._runtime.redactor(orchestration).text(message))
+        if fatal and orchestration.fatal is None:
+            failure = Failure(failure_class=failure_class, message=message)
+            await self._store.update(
+                Orchestration, orchestration.key, lambda it: it.evolve(fatal=it.fatal or failure)
+            )
+        name = "agent-failed" if stage is Stage.AGENT else "fork-failed"
+        await self._end_as(Outcome.FAILED, message, failure_class=failure_class, event=name)
+
+    async def _end_as(
+        self,
+        outcome: Outcome,
+        message: str,
+        *,
+        failure_class: FailureClass | None = None,
+        event: str = "fork-ended",
+    ) -> None:
+        def ended(fork: Fork) -> Fork:
+            if fork.outcome.is_terminal:
+                return fork
+            return fork.evolve(
+                outcome=outcome,
+                failure_class=failure_class,
+                message=message,
+                stage=Stage.METRICS,
+                run_id=self._run_id,
+            )
+
+        payload: dict[str, Any] = {"outcome": outcome.value, "message": message[:200]}
+        if failure_class is not None:
+            payload["failure_class"] = failure_class.value
+        await self._change(ended, event, payload)
+
+    async def _count(self, stage: str) -> int:
+        fork = await self._change(lambda it: it.evolve(attempts=_counted(it.attempts, stage)))
+        return fork.attempts[stage]
+
+    async def _change(
+        self, change: _Change, event: str | None = None, payload: Mapping[str, Any] | None = None
+    ) -> Fork:
+        events = [self._new_event(event, payload or {})] if event else []
+        fork = await self._store.update(Fork, self._key, change, events)
+        for item in events:
+            self._announce(item)
+        return fork
+
+    async def event(self, name: str, payload: Mapping[str, Any]) -> None:
+        """Add to the timeline."""
+        event = self._new_event(name, payload)
+        await self._store.append(event)
+        self._announce(event)
+
+    def _new_event(self, name: str, payload: Mapping[str, Any]) -> Event:
+        return Event(
+            name=name,
+            workflow_id=self._ref.workflow_id,
+            fork_num=self._ref.fork_num,
+            time=time.time(),
+            payload=dict(payload),
+        )
+
+
+class _Reporter:
+    """Puts an agent's words into the fork's record, now and then, for those who watch."""
+
+    def __init__(self, life: ForkLife) -> None:
+        self._life = life
+        self._last = 0.0
+
+    async def progress(self, text: str, *, cost_usd: float | None = None) -> None:
+        """See `Reporter.progress`."""
+        moment = time.monotonic()
+        if moment - self._last < PROGRESS_SECONDS:
+            return
+        self._last = moment
+        await self._life.show_progress(text, cost_usd)
+
+    async def event(self, name: str, payload: Mapping[str, Any]) -> None:
+        """See `Reporter.event`."""
+        await self._life.event(name, payload)
+
+
+def artifacts_of(orchestration: Orchestration, fork: Fork) -> Path:
+    """The folder for what a fork leaves on this machine."""
+    return Path(orchestration.artifacts) / fork.mapping_key
+
+
+def _counted(attempts: Mapping[str, int], stage: str) -> dict[str, int]:
+    return {**attempts, stage: attempts.get(stage, 0) + 1}
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_MESSAGE_CHARS else f"{text[: MAX_MESSAGE_CHARS - 1]}…"

@@ -1,0 +1,181 @@
+"""What every fork starts from: the pinned commit, and the workspace after `setup_command`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import cast
+
+from sandbox_pipeline import demo, leasing
+from sandbox_pipeline.config import DEMO_REPO, OrchestrationConfig
+from sandbox_pipeline.errors import AgentError, ErrorKind, FailureClass, ProviderError
+from sandbox_pipeline.records import Lease, Orchestration, orchestration_key
+from sandbox_pipeline.retrying import patiently
+from sandbox_pipeline.runtime import Runtime
+from sandbox_pipeline.sandboxes.base import WORKSPACE, Command, Network, Sandbox
+from sandbox_pipeline.sandboxes.steady import SteadySandbox
+from sandbox_pipeline.workspace.checkout import put_repository, tail
+from sandbox_pipeline.workspace.mirror import Base, pin
+from sandbox_pipeline.workspace.source import Source, check_branch, check_source
+
+logger = logging.getLogger(__name__)
+
+
+def check_repository(config: OrchestrationConfig, home: Path) -> Source:
+    """Where the repository is; makes the demo's.
+
+    Raises:
+        ConfigError: it can't be used, or the branch's name is not one.
+    """
+    if config.branch is not None:
+        check_branch(config.branch)
+    if config.repo_url == DEMO_REPO:
+        return Source(str(demo.make_repository(home)), "file", is_remote=False)
+    return check_source(config.repo_url, allow_file_urls=config.allow_file_urls)
+
+
+def network_of(orchestration: Orchestration) -> Network:
+    """What the forks' sandboxes may reach, `auto` resolved."""
+    return cast("Network", orchestration.network)
+
+
+async def pin_base(runtime: Runtime, orchestration: Orchestration) -> Orchestration:
+    """Clone once and pin the commit; what an earlier run pinned stays.
+
+    Raises:
+        ConfigError: no such repository or branch.
+        GitError: git failed otherwise.
+    """
+    source = check_repository(orchestration.config, runtime.settings.home)
+    base = await pin(
+        source,
+        orchestration.branch or orchestration.config.branch,
+        _base_folder(orchestration),
+        runtime.environ,
+        commit=orchestration.base_commit,
+    )
+    return await runtime.store.update(
+        Orchestration,
+        orchestration.key,
+        lambda it: it.evolve(base_commit=base.commit, branch=base.branch),
+    )
+
+
+async def prepare(runtime: Runtime, orchestration: Orchestration, run_id: str) -> Orchestration:
+    """Run `setup_command` once, in a sandbox of its own, and keep the result for all forks.
+
+    Where the provider can't copy sandboxes, nothing is kept and each fork runs it itself.
+
+    Raises:
+        AgentError: `SETUP_FAILED` with the end of the command's output.
+        ProviderError: no sandbox could be had.
+    """
+    config = orchestration.config
+    if config.setup_command is None or orchestration.base_snapshot is not None:
+        return orchestration
+    lease = leasing.new_lease(orchestration, run_id, fork_num=None, attempt=1)
+    for old in await runtime.store.leases(orchestration.workflow_id):
+        if old.purpose == "base":
+            await leasing.end(runtime, old, config.retry, note="left by a crashed run")
+    admitted = await runtime.store.admit(lease, config.max_concurrent)
+    if admitted is None:
+        msg = "forks of an earlier run still hold all slots"
+        raise ProviderError(ErrorKind.UNAVAILABLE, msg)
+    tries = iter(range(1, config.retry.attempts + 1))
+
+    async def before_attempt() -> int:
+        return next(tries)
+
+    async def after_failure(attempt: int, error: ProviderError) -> None:
+        logger.warning("base sandbox, attempt %d: %s", attempt, error)
+
+    live, sandbox = await leasing.create(
+        runtime,
+        orchestration,
+        admitted,
+        permit=await leasing.wait_for_permit(runtime, orchestration),
+        network=_setup_network(orchestration),
+        base=None,
+        before_attempt=before_attempt,
+        after_failure=after_failure,
+    )
+    try:
+        steady = SteadySandbox(sandbox, config.retry)
+        await steady.extend(config.setup_timeout_seconds + config.sandbox.orphan_grace_seconds)
+        await put_repository(steady, _base(orchestration), "base")
+        await _run_setup(steady, config)
+        name = await _snapshot(runtime, orchestration, sandbox)
+    finally:
+        await leasing.end(runtime, live, config.retry, note="base prepared")
+    if name is None:
+        return orchestration
+    return await runtime.store.update(
+        Orchestration,
+        orchestration_key(orchestration.workflow_id),
+        lambda it: it.evolve(base_snapshot=name),
+    )
+
+
+async def put(sandbox: Sandbox, orchestration: Orchestration, fork_num: int) -> None:
+    """Make a fork's workspace ready, unless the sandbox was copied from the prepared base.
+
+    Raises:
+        AgentError: `SETUP_FAILED`.
+        ProviderError: the sandbox failed.
+    """
+    if orchestration.base_snapshot is not None:
+        return
+    await put_repository(sandbox, _base(orchestration), f"fork-{fork_num}")
+    if orchestration.config.setup_command is not None:
+        await _run_setup(sandbox, orchestration.config)
+
+
+def _setup_network(orchestration: Orchestration) -> Network:
+    wanted = orchestration.config.sandbox.setup_network
+    return network_of(orchestration) if wanted == "same" else wanted
+
+
+async def _run_setup(sandbox: Sandbox, config: OrchestrationConfig) -> None:
+    result = await sandbox.run(
+        Command(
+            ["sh", "-c", config.setup_command or "true"],
+            cwd=WORKSPACE,
+            timeout_seconds=config.setup_timeout_seconds,
+        )
+    )
+    if result.exit_code != 0:
+        msg = f"setup_command exited with {result.exit_code}: {tail(result)}"
+        raise AgentError(FailureClass.SETUP_FAILED, msg)
+
+
+async def _snapshot(
+    runtime: Runtime, orchestration: Orchestration, sandbox: Sandbox
+) -> str | None:
+    provider = runtime.provider(orchestration.provider)
+    try:
+        return await patiently(
+            orchestration.config.retry, lambda: provider.snapshot(sandbox)
+        )
+    except ProviderError as error:
+        if error.kind is not ErrorKind.INVALID:
+            raise
+        logger.warning("each fork runs setup_command itself: %s", error)
+        return None
+
+
+def _base(orchestration: Orchestration) -> Base:
+    folder = _base_folder(orchestration)
+    shallow = folder / "mirror.git" / "shallow"
+    if orchestration.base_commit is None or orchestration.branch is None:
+        msg = "the base commit is not pinned yet"
+        raise AgentError(FailureClass.INTERNAL, msg)
+    return Base(
+        orchestration.base_commit,
+        orchestration.branch,
+        folder / "base.bundle",
+        shallow.read_bytes() if shallow.exists() else b"",
+    )
+
+
+def _base_folder(orchestration: Orchestration) -> Path:
+    return Path(orchestration.artifacts) / "base"

@@ -1,0 +1,247 @@
+"""Sandboxes at E2B (https://e2b.dev), through its SDK."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sandbox_pipeline.errors import ConfigError, ErrorKind, ProviderError
+from sandbox_pipeline.redaction import Redactor
+from sandbox_pipeline.sandboxes.base import (
+    Network,
+    Sandbox,
+    SandboxInfo,
+    SandboxSpec,
+)
+from sandbox_pipeline.sandboxes.e2b_errors import Call, provider_error
+
+if TYPE_CHECKING:
+    import e2b
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TEMPLATE = "claude"
+MODEL_API_HOST = "api.anthropic.com"
+KEY_HELP = "create one at https://e2b.dev/dashboard?tab=keys"
+PAGE_SIZE = 100
+MAX_PAGES = 1000
+CONNECT_TTL_SECONDS = 15
+READY_POLL_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that `E2BProvider.check` looked at."""
+
+    name: str
+    ok: bool
+    message: str
+
+
+class E2BProvider:
+    """Makes, finds and ends sandboxes at E2B.
+
+    CPU, memory and disk of a sandbox are its template's; `sandbox.cpu` and the like don't apply.
+
+    Args:
+        api_key: value of the key.
+        domain, api_url, sandbox_url: where E2B is; None for the SDK's own defaults.
+        redactor: takes secrets out of error messages; by default the key only.
+        request_timeout_seconds: longest wait for an answer of the API.
+    """
+
+    def __init__(
+        self,
+        api_key: str,
+        *,
+        domain: str | None = None,
+        api_url: str | None = None,
+        sandbox_url: str | None = None,
+        redactor: Redactor | None = None,
+        request_timeout_seconds: float = 60.0,
+    ) -> None:
+        self._client = E2BClient(
+            api_key,
+            domain=domain,
+            api_url=api_url,
+            sandbox_url=sandbox_url,
+            redactor=redactor,
+            timeout_seconds=request_timeout_seconds,
+        )
+        self._options = self._client.options
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> E2BProvider:
+        """As the SDK's own variables say.
+
+        Raises:
+            ConfigError: `E2B_API_KEY` is missing or malformed, or `E2B_DEBUG` is set.
+        """
+        debug = environ.get("E2B_DEBUG", "")
+        if debug.strip().lower() not in ("", "0", "false"):
+            msg = "E2B_DEBUG is set, which makes the SDK pretend to create and kill; unset it"
+            raise ConfigError(msg)
+        return cls(
+            environ.get("E2B_API_KEY", ""),
+            domain=environ.get("E2B_DOMAIN") or None,
+            api_url=environ.get("E2B_API_URL") or None,
+            sandbox_url=environ.get("E2B_SANDBOX_URL") or None,
+            redactor=Redactor.from_environ(environ),
+        )
+
+    def __repr__(self) -> str:
+        return f"E2BProvider(api_url={self._options['api_url']!r})"
+
+    @property
+    def name(self) -> str:
+        """As in `sandbox.provider`."""
+        return "e2b"
+
+    async def create(self, spec: SandboxSpec) -> Sandbox:
+        """Create one sandbox and wait until it takes commands."""
+        from e2b import AsyncSandbox
+
+        began = time.monotonic()
+        sdk = await self._client.ask(
+            AsyncSandbox.create(
+                template=spec.base or spec.config.template or DEFAULT_TEMPLATE,
+                timeout=math.ceil(spec.ttl_seconds),
+                metadata=dict(spec.metadata),
+                lifecycle={"on_timeout": "kill"},
+                idempotency_key=spec.lease_id,
+                **_network_options(spec.network),
+                **self._options,
+            ),
+            Call.CREATE,
+            "create a sandbox",
+        )
+        await self._wait_until_ready(sdk)
+        return E2BSandbox(self._client, sdk, until=began + spec.ttl_seconds)
+
+    async def _wait_until_ready(self, sdk: e2b.AsyncSandbox) -> None:
+        end = time.monotonic() + self._client.timeout_seconds
+        while True:
+            left = end - time.monotonic()
+            try:
+                async with asyncio.timeout(max(1.0, left)):
+                    if await sdk.is_running():
+                        return
+                reason = "its sandbox is not running"
+            except Exception as error:  # noqa: BLE001 - the SDK raises from several bases
+                reason = str(
+                    provider_error(error, Call.CREATE, "be reached", self._client.redactor)
+                )
+            if left <= 0:
+                # It exists, so whoever asked has to find and end it.
+                msg = f"sandbox {sdk.sandbox_id} was created but doesn't answer: {reason}"
+                raise ProviderError(ErrorKind.AMBIGUOUS, msg[:500])
+            await asyncio.sleep(READY_POLL_SECONDS)
+
+    async def connect(self, sandbox_id: str) -> Sandbox:
+        """An existing sandbox that runs; a paused one is not woken up."""
+        from e2b import AsyncSandbox
+
+        doing = "connect to a sandbox"
+        info = await self._client.info(sandbox_id, doing)
+        if info.state.value != "running":
+            msg = f"sandbox {sandbox_id} is {info.state.value}"
+            raise ProviderError(ErrorKind.GONE, msg)
+        # E2B never shortens a running sandbox's life on this call; should it be paused right now
+        # after all, then it is woken up for this long only.
+        sdk = await self._client.ask(
+            AsyncSandbox.connect(sandbox_id, timeout=CONNECT_TTL_SECONDS, **self._options),
+            Call.SANDBOX,
+            doing,
+        )
+        left = info.end_at.timestamp() - time.time()
+        return E2BSandbox(self._client, sdk, until=time.monotonic() + left)
+
+    async def list(self, metadata: Mapping[str, str]) -> Sequence[SandboxInfo]:
+        """All that exist and have these metadata, over all pages, paused ones included."""
+        from e2b import AsyncSandbox, SandboxQuery
+
+        pages = AsyncSandbox.list(
+            query=SandboxQuery(metadata=dict(metadata)), limit=PAGE_SIZE, **self._options
+        )
+        found: dict[str, SandboxInfo] = {}
+        for _ in range(MAX_PAGES):
+            for info in await self._client.ask(pages.next_items(), Call.ACCOUNT, "list sandboxes"):
+                # Whether the server's filter can be trusted is not known: what is found is killed.
+                if all(info.metadata.get(key) == value for key, value in metadata.items()):
+                    found[info.sandbox_id] = SandboxInfo(
+                        info.sandbox_id,
+                        info.metadata,
+                        started_at=info.started_at.timestamp(),
+                        expires_at=info.end_at.timestamp(),
+                    )
+            if not pages.has_next:
+                return list(found.values())
+        msg = f"E2B's list of sandboxes has no end after {MAX_PAGES} pages"
+        raise ProviderError(ErrorKind.UNAVAILABLE, msg)
+
+    async def kill(self, sandbox_id: str) -> bool:
+        """End it; False if it was gone already."""
+        from e2b import AsyncSandbox
+
+        return await self._client.ask(
+            AsyncSandbox.kill(sandbox_id, **self._options), Call.ACCOUNT, "kill a sandbox"
+        )
+
+    async def snapshot(self, sandbox: Sandbox) -> str:
+        """Keep its files and memory as a template for others, then end it.
+
+        The template stays in the account until somebody deletes it.
+        """
+        from e2b import AsyncSandbox
+
+        sandbox_id = sandbox.sandbox_id
+        made = AsyncSandbox.create_snapshot(sandbox_id, **self._options)
+        try:
+            info = await self._client.ask(made, Call.SANDBOX, "snapshot a sandbox")
+        except ProviderError as error:
+            if error.kind is ErrorKind.GONE and not await self._client.is_gone(sandbox_id):
+                msg = "this E2B server has no snapshots"
+                raise ProviderError(ErrorKind.INVALID, msg) from error
+            raise
+        await self.kill(sandbox_id)
+        return info.snapshot_id
+
+    async def close(self) -> None:
+        """Nothing: the SDK's connections belong to the process."""
+
+    async def check(self, template: str | None = None) -> Sequence[Finding]:
+        """Whether the key is accepted and the template exists; creates nothing."""
+        from e2b import AsyncSandbox, AsyncTemplate
+
+        name = template or DEFAULT_TEMPLATE
+        page = AsyncSandbox.list(limit=1, **self._options)
+        findings: list[Finding] = []
+        try:
+            await self._client.ask(page.next_items(), Call.ACCOUNT, "list sandboxes")
+            findings.append(Finding("E2B_API_KEY", True, "accepted"))
+            exists = await self._client.ask(
+                AsyncTemplate.exists(name, **self._options), Call.ACCOUNT, "look up a template"
+            )
+        except ProviderError as error:
+            which = f"E2B template {name!r}" if findings else "E2B_API_KEY"
+            return [*findings, Finding(which, False, str(error))]
+        message = "exists" if exists else "not found; see sandbox.template"
+        return [*findings, Finding(f"E2B template {name!r}", exists, message)]
+
+
+def _network_options(network: Network) -> dict[str, Any]:
+    from e2b import ALL_TRAFFIC
+
+    # Nobody outside needs the sandbox's ports; E2B's own access doesn't go by this setting.
+    closed: dict[str, Any] = {"allow_public_traffic": False}
+    if network == "none":
+        return {"allow_internet_access": False, "network": closed}
+    if network == "model_api":
+        only = {"allow_out": [MODEL_API_HOST], "deny_out": [ALL_TRAFFIC]}
+        return {"network": closed | only}
+    return {"allow_internet_access": True, "network": closed}

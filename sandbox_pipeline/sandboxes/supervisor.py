@@ -1,0 +1,460 @@
+"""Outlives the orchestrator beside each local sandbox and ends it when its time is up.
+
+Started as `python -I -S supervisor.py SANDBOX_ID KEY=VALUE... -- ARGV...`; standard library only,
+few imports, since every sandbox pays for them. Keys:
+
+- `folder`: the sandbox's folder; `lock_fd`: its lock, held already and kept to the end;
+- `args_fd`, `listen_fd`: handed to ARGV as descriptors 3 and 4. Descriptor 5 takes bubblewrap's
+  `--info-fd` or, with `direct=1` (no isolation), is the lifeline of the shim;
+- `disk_bytes`: most that the home may use;
+- `rlimit=NAME:VALUE`, `cgroup=FOLDER`, `cgroup_value=FILE:VALUE`, `env=NAME=VALUE`: any number.
+
+The lock, not the process id, says that the sandbox lives. Ends it on SIGTERM (`killed`), when the
+time in `deadline` passed (`deadline`), when its home is too large (`disk_limit`) and when it ended
+by itself (`exited`); then writes `ended.json` and, unless there is a file `keep`, removes the home.
+"""
+
+# ruff: noqa: PTH (pathlib doubles the start-up time and knows no directory descriptors)
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import resource
+import select
+import signal
+import stat
+import sys
+import time
+
+TYPE_CHECKING = False  # as type checkers know it; the module typing takes 3 ms to import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import NoReturn
+
+ARGS_FD = 3
+LISTEN_FD = 4
+THIRD_FD = 5
+FIRST_FREE_FD = 10
+LONGEST_SLEEP_SECONDS = 60.0
+KILL_SECONDS = 5.0
+STDERR_KEPT_BYTES = 4096
+DEEPEST = 256
+WALK_SHARE = 20
+FINAL = "0"
+"""What `deadline` holds once it is decided that the sandbox ends."""
+
+
+def boot_seconds() -> float:
+    """Seconds since the machine started, sleep included where the system counts it."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+@contextlib.contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Hold the folder against others that change its deadline."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def read_text(path: str) -> str:
+    """A small file's text; empty when there is none."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(65536)
+    except OSError:
+        return ""
+
+
+def write_text(path: str, text: str) -> None:
+    """Replace a small file atomically."""
+    temporary = f"{path}.{os.getpid()}.{time.monotonic_ns():x}"
+    with open(temporary, "x", encoding="utf-8") as file:
+        file.write(text)
+    os.rename(temporary, path)
+
+
+class TooDeepError(Exception):
+    """Folders are nested deeper than anything sane, so that their size can't be told."""
+
+
+def tree_bytes(path: str) -> int:
+    """Disk space that a tree takes: hard links once, links never followed.
+
+    Raises:
+        TooDeepError: it is nested deeper than `DEEPEST`.
+    """
+    total = 0
+    seen: set[int] = set()
+    stack: list[tuple[int, list[str]]] = []
+    try:
+        total += _enter(stack, path, seen)
+        while stack:
+            fd, folders = stack[-1]
+            if not folders:
+                stack.pop()
+                os.close(fd)
+                continue
+            if len(stack) > DEEPEST:
+                raise TooDeepError
+            with contextlib.suppress(OSError):
+                total += _enter(stack, folders.pop(), seen)
+    finally:
+        for fd, _ in stack:
+            os.close(fd)
+    return total
+
+
+def _enter(stack: list[tuple[int, list[str]]], name: str, seen: set[int]) -> int:
+    fd = _open_folder(name, stack[-1][0] if stack else None)
+    total = 0
+    folders: list[str] = []
+    stack.append((fd, folders))
+    with os.scandir(fd) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                found = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(found.st_mode):
+                    folders.append(entry.name)
+                elif found.st_nlink > 1:
+                    if found.st_ino in seen:
+                        continue
+                    seen.add(found.st_ino)
+                total += found.st_blocks * 512
+    return total
+
+
+def _open_folder(name: str, parent: int | None) -> int:
+    flags = os.O_DIRECTORY | os.O_NOFOLLOW
+    try:
+        return os.open(name, flags | os.O_RDONLY, dir_fd=parent)
+    except PermissionError:
+        # What is in a folder that forbids itself to be read takes space all the same.
+        fd = os.open(name, flags | getattr(os, "O_PATH", os.O_RDONLY), dir_fd=parent)
+        try:
+            os.chmod(f"/proc/self/fd/{fd}", 0o700)
+        finally:
+            os.close(fd)
+        return os.open(name, flags | os.O_RDONLY, dir_fd=parent)
+
+
+def remove_tree(path: str) -> None:
+    """Remove what a sandbox left, whatever its depth and modes; nothing in it may run any more.
+
+    Folders are first moved up, beside each other, so that no path grows long.
+    """
+    try:
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            os.unlink(path)
+            return
+        top = _open_folder(path, None)
+    except FileNotFoundError:
+        return
+    try:
+        prefix = f".removing-{os.urandom(8).hex()}"
+        folders = _clear(top, top, prefix, 0)
+        number = len(folders)
+        while folders:
+            name = folders.pop()
+            with contextlib.suppress(OSError):
+                fd = _open_folder(name, top)
+                try:
+                    found = _clear(fd, top, prefix, number)
+                finally:
+                    os.close(fd)
+                number += len(found)
+                folders += found
+                os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)
+    os.rmdir(path)
+
+
+def _clear(fd: int, top: int, prefix: str, number: int) -> list[str]:
+    """Unlink a folder's files and move its folders to the top; their new names."""
+    moved: list[str] = []
+    with os.scandir(fd) as entries:
+        listed = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_folder in listed:
+        if not is_folder:
+            os.unlink(name, dir_fd=fd)
+        elif fd == top:
+            moved.append(name)
+        else:
+            # A folder that may not be written can't be moved either.
+            os.chmod(name, 0o700, dir_fd=fd)
+            moved.append(f"{prefix}-{number + len(moved)}")
+            os.rename(name, moved[-1], src_dir_fd=fd, dst_dir_fd=top)
+    return moved
+
+
+class Supervisor:
+    """One sandbox, from its start to its removal."""
+
+    def __init__(self, options: list[tuple[str, str]], argv: list[str]) -> None:
+        values = dict(options)
+        self.argv = argv
+        self.folder = values["folder"]
+        self.home = f"{self.folder}/home"
+        self.lock_fd = int(values["lock_fd"])
+        self.listen_fd = int(values["listen_fd"])
+        self.args_fd = int(values.get("args_fd", "-1"))
+        self.direct = "direct" in values
+        self.disk_bytes = int(values.get("disk_bytes", "0"))
+        self.env = dict(pair(value) for key, value in options if key == "env")
+        self.rlimits = [value.split(":") for key, value in options if key == "rlimit"]
+        self.cgroups = [value for key, value in options if key == "cgroup"]
+        self.cgroup_values = [value.split(":") for key, value in options if key == "cgroup_value"]
+        self.stderr = bytearray()
+        self.terminated = False
+        self.exited = False
+        self.next_walk = 0.0
+
+    def run(self) -> None:
+        """Start the sandbox, wait for a reason to end it, end it."""
+        write_text(f"{self.folder}/pid", str(os.getpid()))
+        self._catch_signals()
+        self._make_cgroups()
+        self._start()
+        reason = self._wait()
+        self._kill()
+        self._remove_cgroups()
+        self._read_stderr()
+        write_text(f"{self.folder}/stderr", self.stderr.decode("utf-8", "replace"))
+        write_text(f"{self.folder}/ended.json", f'{{"reason": "{reason}"}}\n')
+        if not os.path.exists(f"{self.folder}/keep"):
+            with contextlib.suppress(OSError):
+                remove_tree(self.home)
+
+    def _catch_signals(self) -> None:
+        self.wake_fd, wake = os.pipe()
+        for fd in (self.wake_fd, wake):
+            os.set_blocking(fd, False)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self._on_term)
+        signal.signal(signal.SIGCHLD, lambda _signum, _frame: None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+    def _on_term(self, _signum: int, _frame: object) -> None:
+        self.terminated = True
+
+    def _make_cgroups(self) -> None:
+        """Best effort: what is in force was told beforehand by `limits_in_force`."""
+        made: list[str] = []
+        for folder in self.cgroups:
+            with contextlib.suppress(OSError):
+                os.makedirs(folder, exist_ok=True)
+                made.append(folder)
+        self.cgroups = made
+        for file, value in self.cgroup_values:
+            with contextlib.suppress(OSError):
+                _write(file, value)
+
+    def _start(self) -> None:
+        stderr, stderr_write = os.pipe()
+        os.set_blocking(stderr, False)
+        self.stderr_fd = stderr
+        third, third_write = os.pipe()
+        if self.direct:
+            _become_subreaper()
+            third, third_write = third_write, third
+        self.third_fd = third
+        self.pid = os.fork()
+        if not self.pid:
+            self._become(third_write, stderr_write)
+        for fd in (stderr_write, third_write, self.listen_fd, self.args_fd):
+            if fd >= 0:
+                os.close(fd)
+
+    def _become(self, third: int, stderr: int) -> NoReturn:
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ):
+                signal.signal(number, signal.SIG_DFL)
+            for folder in self.cgroups:
+                with contextlib.suppress(OSError):
+                    _write(f"{folder}/cgroup.procs", "0")
+            for name, value in self.rlimits:
+                _limit(name, int(value))
+            os.dup2(stderr, 2)
+            wanted = {LISTEN_FD: self.listen_fd, THIRD_FD: third}
+            if self.args_fd >= 0:
+                wanted[ARGS_FD] = self.args_fd
+            # First out of the way, then into place: source and target numbers may overlap.
+            moved = {
+                target: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE_FD)
+                for target, fd in wanted.items()
+            }
+            for target, fd in moved.items():
+                os.dup2(fd, target)
+            if self.direct:
+                os.setsid()
+            os.execve(self.argv[0], self.argv, self.env)
+        except OSError as error:
+            os.write(2, f"{self.argv[0]}: {error}\n".encode())
+        finally:
+            os._exit(126)
+
+    def _wait(self) -> str:
+        """Sleep until there is a reason to end; which."""
+        poll = select.poll()
+        poll.register(self.wake_fd, select.POLLIN)
+        poll.register(self.stderr_fd, select.POLLIN)
+        deadline = self._deadline()
+        while True:
+            if self.terminated:
+                return "killed"
+            if self._has_exited():
+                return "exited"
+            if boot_seconds() >= deadline:
+                deadline = self._deadline_or_final()
+                if not deadline:
+                    return "deadline"
+            if self.disk_bytes and time.monotonic() >= self.next_walk and self._is_too_large():
+                return "disk_limit"
+            seconds = min(deadline - boot_seconds(), LONGEST_SLEEP_SECONDS)
+            if self.disk_bytes:
+                seconds = min(seconds, self.next_walk - time.monotonic())
+            ready = [fd for fd, _ in poll.poll(max(0.0, seconds) * 1000 + 1)]
+            if self.wake_fd in ready:
+                os.read(self.wake_fd, 4096)
+            if self.stderr_fd in ready and not self._read_stderr():
+                poll.unregister(self.stderr_fd)
+
+    def _deadline(self) -> float:
+        try:
+            return float(read_text(f"{self.folder}/deadline"))
+        except ValueError:
+            return 0.0
+
+    def _deadline_or_final(self) -> float:
+        """The deadline as it is now; 0 once passed, which is then final."""
+        with locked(self.folder):
+            deadline = self._deadline()
+            if boot_seconds() < deadline:
+                return deadline
+            write_text(f"{self.folder}/deadline", FINAL)
+            return 0.0
+
+    def _is_too_large(self) -> bool:
+        begin = time.monotonic()
+        try:
+            too_large = tree_bytes(self.home) > self.disk_bytes
+        except (TooDeepError, OSError):
+            too_large = True
+        end = time.monotonic()
+        self.next_walk = end + max(1.0, WALK_SHARE * (end - begin))
+        return too_large
+
+    def _has_exited(self) -> bool:
+        if not self.exited:
+            self.exited = os.waitpid(self.pid, os.WNOHANG)[0] != 0
+        return self.exited
+
+    def _read_stderr(self) -> bool:
+        """Keep the first of what bubblewrap and the shim say; False once no more is wanted."""
+        try:
+            data = os.read(self.stderr_fd, STDERR_KEPT_BYTES)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        self.stderr += data[: STDERR_KEPT_BYTES - len(self.stderr)]
+        if data and len(self.stderr) < STDERR_KEPT_BYTES:
+            return True
+        os.close(self.stderr_fd)
+        self.stderr_fd = -1
+        return False
+
+    def _kill(self) -> None:
+        if self.direct:
+            _kill_descendants()
+            return
+        # With the first process of its namespace all others die, before bubblewrap sees its end.
+        inner = self._inner_pid()
+        end = time.monotonic() + KILL_SECONDS
+        for pid in (inner, self.pid):
+            if pid and not self._has_exited():
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+                while not self._has_exited() and time.monotonic() < end:
+                    select.select([self.wake_fd], [], [], 0.05)
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self.wake_fd, 4096)
+                end = time.monotonic() + KILL_SECONDS
+
+    def _inner_pid(self) -> int:
+        """What bubblewrap's `--info-fd` says; 0 when it has not come so far."""
+        os.set_blocking(self.third_fd, False)
+        try:
+            text = os.read(self.third_fd, 4096).decode("ascii", "replace")
+        except BlockingIOError:
+            return 0
+        digits = text.partition('"child-pid":')[2].strip().split("\n")[0].split(",")[0]
+        return int(digits) if digits.isdigit() else 0
+
+    def _remove_cgroups(self) -> None:
+        for folder in self.cgroups:
+            for _ in range(40):
+                try:
+                    os.rmdir(folder)
+                except OSError:
+                    time.sleep(0.005)
+                else:
+                    break
+
+
+def pair(text: str) -> tuple[str, str]:
+    """Name and value of `NAME=VALUE`."""
+    name, _, value = text.partition("=")
+    return name, value
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w", encoding="ascii") as file:
+        file.write(text)
+
+
+def _limit(name: str, value: int) -> None:
+    number = getattr(resource, f"RLIMIT_{name}")
+    hard = resource.getrlimit(number)[1]
+    if hard != resource.RLIM_INFINITY:
+        value = min(value, hard)
+    resource.setrlimit(number, (value, value))
+
+
+def _shim() -> tuple[Callable[[], None], Callable[[], None]]:
+    """The two functions that a sandbox without isolation needs, from the file beside this."""
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import shim  # pyright: ignore[reportImplicitRelativeImport]  # noqa: PLC0415
+
+    return shim.become_subreaper, shim.kill_descendants
+
+
+def _become_subreaper() -> None:
+    _shim()[0]()
+
+
+def _kill_descendants() -> None:
+    _shim()[1]()
+
+
+def main() -> None:
+    """Detach from the process that started this and supervise."""
+    arguments = sys.argv[2:]
+    split = arguments.index("--")
+    options = [pair(argument) for argument in arguments[:split]]
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    Supervisor(options, arguments[split + 1 :]).run()
+    # All is written: the interpreter's own end would only cost time.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

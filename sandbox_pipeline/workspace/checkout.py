@@ -1,0 +1,144 @@
+"""The repository inside a sandbox: put there at the base commit, and the patch taken out.
+
+All git that touches what an agent may have touched runs in the sandbox, never on the host.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sandbox_pipeline.errors import AgentError, ErrorKind, FailureClass, ProviderError
+from sandbox_pipeline.records import Patch
+from sandbox_pipeline.redaction import Redactor
+from sandbox_pipeline.sandboxes.base import STATE_DIR, WORKSPACE, Command, CommandResult, Sandbox
+from sandbox_pipeline.workspace.mirror import Base
+
+CHECKOUT_TIMEOUT_SECONDS = 900
+PATCH_TIMEOUT_SECONDS = 600
+CHUNK_BYTES = 1_000_000
+
+_GIT_ENV = {
+    "GIT_CONFIG_NOSYSTEM": "1",
+    "GIT_CONFIG_GLOBAL": "/dev/null",
+    "GIT_TERMINAL_PROMPT": "0",
+    "LC_ALL": "C",
+}
+
+# repo.git is kept apart from the workspace: the patch is right even where the agent removed
+# or rewrote the workspace's .git, and no configuration of the workspace takes part in it.
+_CHECKOUT = f"""\
+set -e
+cd {STATE_DIR}
+rm -rf repo.git {WORKSPACE}
+git init --quiet --bare --initial-branch="$BRANCH" repo.git
+if [ -s shallow ]; then cp shallow repo.git/shallow; fi
+git -C repo.git fetch --quiet --no-tags ../base.bundle "refs/heads/$BRANCH:refs/heads/$BRANCH"
+git -C repo.git update-ref "refs/heads/$BRANCH" "$COMMIT"
+git -c protocol.file.allow=always clone --quiet --no-checkout repo.git {WORKSPACE}
+cd {WORKSPACE}
+git config user.name "$AUTHOR"
+git config user.email "$AUTHOR@sandbox-pipeline.invalid"
+git remote remove origin
+git -c core.hooksPath=/dev/null checkout --quiet -B "$BRANCH" "$COMMIT"
+rm -f {STATE_DIR}/base.bundle
+"""
+
+_PATCH = f"""\
+set -e
+cd {WORKSPACE}
+export GIT_DIR={STATE_DIR}/repo.git GIT_WORK_TREE={WORKSPACE} GIT_INDEX_FILE={STATE_DIR}/index
+rm -f "$GIT_INDEX_FILE" "$GIT_INDEX_FILE.lock"
+git read-tree "$COMMIT"
+git add --all .
+git diff --cached --binary --no-ext-diff --no-textconv --no-color "$COMMIT" > {STATE_DIR}/patch
+git diff --cached --no-ext-diff --shortstat "$COMMIT"
+stat -c %s {STATE_DIR}/patch
+"""
+
+
+async def put_repository(sandbox: Sandbox, base: Base, author: str) -> None:
+    """Make the workspace at the base commit.
+
+    Raises:
+        AgentError: `SETUP_FAILED` with git's words, such as no git in the sandbox.
+        ProviderError: the sandbox failed.
+    """
+    await sandbox.write(f"{STATE_DIR}/base.bundle", base.bundle.read_bytes())
+    await sandbox.write(f"{STATE_DIR}/shallow", base.shallow)
+    result = await sandbox.run(
+        Command(
+            ["sh", "-c", _CHECKOUT],
+            cwd=STATE_DIR,
+            env={**_GIT_ENV, "BRANCH": base.branch, "COMMIT": base.commit, "AUTHOR": author},
+            timeout_seconds=CHECKOUT_TIMEOUT_SECONDS,
+        )
+    )
+    if result.exit_code != 0:
+        msg = f"the repository could not be checked out in the sandbox: {tail(result)}"
+        raise AgentError(FailureClass.SETUP_FAILED, msg)
+
+
+async def take_patch(
+    sandbox: Sandbox, commit: str, target: Path, redactor: Redactor, *, max_bytes: int
+) -> Patch:
+    """Write what changed since `commit` to `target`, redacted and at most `max_bytes`.
+
+    Raises:
+        AgentError: `BAD_RESULT`: git could not make a patch of what the agent left.
+        ProviderError: the sandbox failed.
+    """
+    result = await sandbox.run(
+        Command(
+            ["sh", "-c", _PATCH],
+            cwd=STATE_DIR,
+            env={**_GIT_ENV, "COMMIT": commit},
+            timeout_seconds=PATCH_TIMEOUT_SECONDS,
+        )
+    )
+    if result.exit_code != 0:
+        msg = f"no patch could be taken of the workspace: {tail(result)}"
+        raise AgentError(FailureClass.BAD_RESULT, msg)
+    lines = result.stdout.decode("utf-8", "replace").split("\n")
+    try:
+        size = int(lines[-2])
+    except (IndexError, ValueError) as error:
+        msg = f"the sandbox's size of the patch is unreadable: {tail(result)}"
+        raise AgentError(FailureClass.BAD_RESULT, msg) from error
+    stream = redactor.stream()
+    kept = 0
+    with target.open("wb") as file:
+        while kept < min(size, max_bytes):
+            wanted = min(CHUNK_BYTES, max_bytes - kept)
+            chunk = await sandbox.read(f"{STATE_DIR}/patch", offset=kept, max_bytes=wanted)
+            if not chunk:
+                break
+            kept += len(chunk)
+            file.write(stream.feed(chunk))
+        file.write(stream.finish())
+    if kept < min(size, max_bytes):
+        msg = f"the patch ended after {kept} of {size} bytes"
+        raise ProviderError(ErrorKind.AMBIGUOUS, msg)
+    return Patch(
+        files_changed=_count(r"(\d+) files? changed", lines[0]),
+        insertions=_count(r"(\d+) insertion", lines[0]),
+        deletions=_count(r"(\d+) deletion", lines[0]),
+        size_bytes=size,
+        truncated=size > max_bytes,
+        secret_leak=stream.leaked,
+        path=str(target),
+    )
+
+
+def tail(result: CommandResult, characters: int = 500) -> str:
+    """The end of what a command said, on one line."""
+    said = result.stderr or result.stdout
+    text = " ".join(said.decode("utf-8", "replace").split())
+    if result.timed_out:
+        text = f"timed out; {text}"
+    return text[-characters:] or f"exit code {result.exit_code}"
+
+
+def _count(pattern: str, line: str) -> int:
+    match = re.search(pattern, line)
+    return int(match[1]) if match else 0

@@ -1,0 +1,183 @@
+"""One clone of the repository for all forks, on the host; the base commit is pinned here.
+
+Git runs without the user's configuration, hooks or prompts, and with one transport only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandbox_pipeline.errors import ConfigError, PipelineError
+from sandbox_pipeline.redaction import Redactor
+from sandbox_pipeline.workspace.source import Source, check_branch
+
+CLONE_TIMEOUT_SECONDS = 1800
+LS_REMOTE_TIMEOUT_SECONDS = 120
+MAX_LISTED_BRANCHES = 20
+
+# The token reaches git by the environment of this one process tree: not by its arguments,
+# which every user of the machine can read, and not by a file.
+_ASKPASS = """\
+#!/bin/sh
+case "$1" in
+Username*) echo x-access-token ;;
+*) printf '%s\\n' "$SANDBOX_PIPELINE_GIT_TOKEN" ;;
+esac
+"""
+
+
+@dataclass(frozen=True)
+class Base:
+    """What every fork starts from.
+
+    Attributes:
+        bundle: file with the commit and its history.
+        shallow: the content of git's `shallow` file where the history is cut, else empty.
+    """
+
+    commit: str
+    branch: str
+    bundle: Path
+    shallow: bytes
+
+
+class GitError(PipelineError):
+    """Git failed for another reason than what the person asked for, such as the network."""
+
+
+async def pin(
+    source: Source,
+    branch: str | None,
+    folder: Path,
+    environ: Mapping[str, str],
+    *,
+    commit: str | None = None,
+) -> Base:
+    """Clone the branch into `folder` and bundle it, unless that was done before.
+
+    Args:
+        source: where from.
+        branch: None for the repository's own.
+        folder: made if missing; belongs to one orchestration.
+        environ: for PATH and GITHUB_TOKEN.
+        commit: what an earlier run pinned; kept, even if the branch moved on.
+
+    Raises:
+        ConfigError: no such repository or branch, or nothing in it.
+        GitError: git failed otherwise.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    git = _Git(source, folder, environ)
+    bundle = folder / "base.bundle"
+    mirror = folder / "mirror.git"
+    if commit is None or not bundle.exists():
+        if branch is not None:
+            check_branch(branch)
+        branch = await _choose_branch(git, source, branch)
+        shutil.rmtree(mirror, ignore_errors=True)
+        await git.run(
+            ["clone", "--quiet", "--bare", "--no-tags", "--single-branch", "--branch", branch,
+             "--", source.url, str(mirror)],
+            timeout_seconds=CLONE_TIMEOUT_SECONDS,
+        )  # fmt: skip
+        tip = f"refs/heads/{branch}"
+        if commit is not None:
+            await git.run(["-C", str(mirror), "update-ref", tip, commit])
+        found = await git.run(["-C", str(mirror), "rev-parse", "--verify", f"{tip}^{{commit}}"])
+        commit = found.strip()
+        partial = bundle.with_suffix(".partial")
+        await git.run(["-C", str(mirror), "bundle", "create", "--quiet", str(partial), tip])
+        partial.replace(bundle)
+    assert branch is not None  # noqa: S101 - a pinned commit comes with its branch
+    shallow = mirror / "shallow"
+    return Base(commit, branch, bundle, shallow.read_bytes() if shallow.exists() else b"")
+
+
+async def _choose_branch(git: _Git, source: Source, branch: str | None) -> str:
+    listing = await git.run(
+        ["ls-remote", "--symref", "--", source.url, "HEAD", "refs/heads/*"],
+        timeout_seconds=LS_REMOTE_TIMEOUT_SECONDS,
+    )
+    head: str | None = None
+    branches: list[str] = []
+    for line in listing.splitlines():
+        left, _, name = line.partition("\t")
+        if left.startswith("ref: refs/heads/") and name == "HEAD":
+            head = left.removeprefix("ref: refs/heads/")
+        elif name.startswith("refs/heads/"):
+            branches.append(name.removeprefix("refs/heads/"))
+    if not branches:
+        msg = f"repo_url: {source.url} is an empty repository; commit something first"
+        raise ConfigError(msg)
+    wanted = branch or (head if head in branches else branches[0])
+    if wanted not in branches:
+        shown = ", ".join(sorted(branches)[:MAX_LISTED_BRANCHES])
+        more = len(branches) - MAX_LISTED_BRANCHES
+        msg = f"branch: {source.url} has no branch {wanted!r}; it has: {shown}"
+        raise ConfigError(msg + (f" and {more} more" if more > 0 else ""))
+    return wanted
+
+
+class _Git:
+    def __init__(self, source: Source, folder: Path, environ: Mapping[str, str]) -> None:
+        self._source = source
+        token = environ.get("GITHUB_TOKEN", "").strip() if source.is_remote else ""
+        self._redactor = Redactor([token])
+        self._has_token = bool(token)
+        self._env = {
+            "PATH": environ.get("PATH", os.defpath),
+            "HOME": str(folder),
+            "LC_ALL": "C",
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "GIT_CONFIG_GLOBAL": os.devnull,
+            "GIT_TERMINAL_PROMPT": "0",
+        }
+        for name in ("HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "GIT_SSL_CAINFO",
+                     "SSL_CERT_FILE"):  # fmt: skip
+            if name in environ:
+                self._env[name] = environ[name]
+        if token:
+            askpass = folder / "askpass"
+            askpass.write_text(_ASKPASS, encoding="ascii")
+            askpass.chmod(stat.S_IRWXU)
+            self._env |= {"GIT_ASKPASS": str(askpass), "SANDBOX_PIPELINE_GIT_TOKEN": token}
+
+    async def run(self, arguments: list[str], *, timeout_seconds: float = 600) -> str:
+        options = ["-c", "protocol.allow=never", "-c", f"protocol.{self._source.protocol}.allow=always",
+                   "-c", "safe.directory=*", "-c", "core.hooksPath=/dev/null"]  # fmt: skip
+        process = await asyncio.create_subprocess_exec(
+            "git", *options, *arguments,
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE, env=self._env, start_new_session=True,
+        )  # fmt: skip
+        try:
+            out, err = await asyncio.wait_for(process.communicate(), timeout_seconds)
+        except TimeoutError:
+            msg = f"git {arguments[0]} of {self._source.url} took longer than {timeout_seconds:g} s"
+            raise GitError(msg) from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode != 0:
+            raise self._explain(arguments, err.decode("utf-8", "replace"))
+        return out.decode("utf-8", "replace")
+
+    def _explain(self, arguments: list[str], stderr: str) -> PipelineError:
+        text = self._redactor.text(" ".join(stderr.split()))[-500:]
+        url = self._source.url
+        lowered = text.lower()
+        if "could not read username" in lowered or "authentication failed" in lowered:
+            how = "was not accepted" if self._has_token else "is not set"
+            return ConfigError(
+                f"repo_url: {url} does not exist or needs a login, and GITHUB_TOKEN {how}"
+            )
+        if "not found" in lowered or "does not appear to be a git repository" in lowered:
+            return ConfigError(f"repo_url: {url} is not a git repository ({text})")
+        return GitError(f"git {arguments[0]} of {url} failed: {text}")

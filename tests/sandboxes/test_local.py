@@ -1,0 +1,588 @@
+"""The local provider: the contract of every provider, and what is its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from sandbox_pipeline.config import SandboxConfig
+from sandbox_pipeline.errors import ErrorKind, ProviderError
+from sandbox_pipeline.sandboxes import supervisor
+from sandbox_pipeline.sandboxes.base import HOME, WORKSPACE, Command, Sandbox, SandboxSpec
+from sandbox_pipeline.sandboxes.bubblewrap import find_bwrap, probe_isolation
+from sandbox_pipeline.sandboxes.limits import limits_in_force
+from sandbox_pipeline.sandboxes.local import LocalProvider, LocalSandbox
+from tests.sandboxes.conformance import (
+    MakeSpec,
+    ProviderConformance,
+    assert_gone,
+    fresh_lease_id,
+    ids,
+    sample_metadata,
+    shell,
+    wait_until,
+)
+
+needs_bubblewrap = pytest.mark.skipif(
+    probe_isolation().bwrap is None, reason="bubblewrap does not work on this machine"
+)
+needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+Isolation = Literal["bubblewrap", "none"]
+
+
+def spec_of(isolation: Isolation, config: dict[str, Any], **changes: Any) -> SandboxSpec:
+    lease_id = fresh_lease_id()
+    spec = SandboxSpec(
+        lease_id=lease_id,
+        metadata=sample_metadata(lease_id),
+        ttl_seconds=120,
+        network="none",
+        config=SandboxConfig(isolation=isolation, **config),
+    )
+    if "lease_id" in changes:
+        changes.setdefault("metadata", sample_metadata(changes["lease_id"]))
+    return replace(spec, **changes)
+
+
+def processes_of(sandbox_id: str) -> list[int]:
+    """Supervisors of this sandbox."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
+            is_supervisor = any(word.endswith(b"supervisor.py") for word in words)
+            if is_supervisor and sandbox_id.encode() in words:
+                found.append(int(entry.name))
+    return found
+
+
+def holders_of(marker: str) -> list[str]:
+    """Command lines of the processes with this marker among their arguments."""
+    found: list[str] = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            text = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+            if marker.encode() in text.split(b"\0"):
+                found.append(text.decode("utf-8", "replace"))
+    return found
+
+
+@pytest.fixture
+def root() -> Any:
+    with tempfile.TemporaryDirectory(prefix="sandboxes-") as folder:
+        yield Path(folder, "root")
+
+
+@pytest.fixture
+async def provider(root: Path) -> AsyncIterator[LocalProvider]:
+    made = LocalProvider(root)
+    yield made
+    for info in await made.list({}):
+        await made.kill(info.sandbox_id)
+
+
+@pytest.fixture
+def another_provider(root: Path) -> LocalProvider:
+    return LocalProvider(root)
+
+
+@needs_bubblewrap
+class TestBubblewrap(ProviderConformance):
+    @pytest.fixture
+    def make_spec(self) -> MakeSpec:
+        return lambda **changes: spec_of("bubblewrap", changes.pop("config", {}), **changes)
+
+
+@needs_linux
+class TestWithoutIsolation(ProviderConformance):
+    @pytest.fixture
+    def make_spec(self) -> MakeSpec:
+        return lambda **changes: spec_of("none", changes.pop("config", {}), **changes)
+
+
+class Shared:
+    """What holds with and without isolation."""
+
+    isolation: Isolation
+
+    def spec(self, *, config: dict[str, Any] | None = None, **changes: Any) -> SandboxSpec:
+        return spec_of(self.isolation, config or {}, **changes)
+
+    async def test_kill_leaves_no_process_and_no_file(
+        self, provider: LocalProvider, root: Path
+    ) -> None:
+        made = await provider.create(self.spec())
+        marker = f"7{time.monotonic_ns()}"
+        script = f"setsid nohup sleep {marker} >/dev/null 2>&1 & (setsid sleep {marker} &) & sleep {marker} &"
+        await shell(made, script)
+        assert len(holders_of(marker)) == 3
+        assert len(processes_of(made.sandbox_id)) == 1
+        await provider.kill(made.sandbox_id)
+        assert holders_of(marker) == []
+        assert processes_of(made.sandbox_id) == []
+        assert list(root.iterdir()) == []
+
+    async def test_supervisors_sudden_death_leaves_no_process(
+        self, provider: LocalProvider, root: Path
+    ) -> None:
+        made = await provider.create(self.spec())
+        marker = f"7{time.monotonic_ns()}"
+        await shell(made, f"setsid nohup sleep {marker} >/dev/null 2>&1 &")
+        os.kill(processes_of(made.sandbox_id)[0], signal.SIGKILL)
+
+        async def nothing_left() -> bool:
+            return not holders_of(marker)
+
+        await wait_until(nothing_left, seconds=5)
+        await assert_gone(made)
+        assert await ids(provider, {}) == set()
+        assert list(root.iterdir()) == []
+
+    async def test_orchestrators_death_leaves_the_sandbox_until_its_deadline(
+        self, provider: LocalProvider, root: Path
+    ) -> None:
+        lease_id = fresh_lease_id()
+        program = f"""
+            import asyncio, os, signal
+            from pathlib import Path
+            from sandbox_pipeline.config import SandboxConfig
+            from sandbox_pipeline.sandboxes.base import SandboxSpec
+            from sandbox_pipeline.sandboxes.local import LocalProvider
+            config = SandboxConfig(isolation={self.isolation!r})
+            spec = SandboxSpec({lease_id!r}, {{"lease_id": {lease_id!r}}}, 4, "none", config)
+            asyncio.run(LocalProvider(Path({str(root)!r})).create(spec))
+            os.kill(0, signal.SIGKILL)
+        """
+        argv = [sys.executable, "-c", textwrap.dedent(program)]
+        await asyncio.to_thread(subprocess.run, argv, start_new_session=True, check=False)
+        sandbox = await provider.connect(f"local-{lease_id}")
+        assert (await shell(sandbox, "true")).exit_code == 0
+
+        async def ended() -> bool:
+            return not processes_of(sandbox.sandbox_id)
+
+        await wait_until(ended, seconds=8)
+        with pytest.raises(ProviderError, match="deadline") as caught:
+            await provider.connect(sandbox.sandbox_id)
+        assert caught.value.kind is ErrorKind.GONE
+
+    async def test_ended_sandbox_keeps_its_reason_but_not_its_data(
+        self, provider: LocalProvider, root: Path
+    ) -> None:
+        made = await provider.create(self.spec(ttl_seconds=0.5))
+        await asyncio.sleep(1.5)
+        with pytest.raises(ProviderError, match="deadline"):
+            await made.extend(60)
+        folder = root / made.sandbox_id
+        assert json.loads((folder / "ended.json").read_text())["reason"] == "deadline"
+        assert not (folder / "home").exists()
+        assert await provider.kill(made.sandbox_id) is False
+        assert not folder.exists()
+
+    async def test_lease_whose_sandbox_ended_can_be_used_again(
+        self, provider: LocalProvider
+    ) -> None:
+        spec = self.spec(ttl_seconds=0.5)
+        first = await provider.create(spec)
+        await first.write(f"{HOME}/file", b"")
+        await asyncio.sleep(1.5)
+        second = await provider.create(replace(spec, ttl_seconds=60))
+        with pytest.raises(FileNotFoundError):
+            await second.read(f"{HOME}/file")
+
+    async def test_disk_limit_ends_the_sandbox(self, provider: LocalProvider) -> None:
+        made = await provider.create(self.spec(config={"disk_mb": 16}))
+        script = "for n in 1 2 3; do head -c 8000000 /dev/zero > $HOME/$n; done; sleep 20"
+        with pytest.raises(ProviderError, match="disk_limit") as caught:
+            await shell(made, script)
+        assert caught.value.kind is ErrorKind.GONE
+
+    async def test_file_beyond_the_disk_limit_cannot_be_written(
+        self, provider: LocalProvider
+    ) -> None:
+        made = await provider.create(self.spec(config={"disk_mb": 16}))
+        result = await shell(made, "head -c 30000000 /dev/zero > $HOME/file; echo $?")
+        assert result.stdout.strip() != b"0"
+        with pytest.raises(ProviderError) as caught:
+            await made.write(f"{HOME}/another", bytes(20_000_000))
+        assert caught.value.kind is ErrorKind.UNAVAILABLE
+
+    async def test_depth_does_not_hide_files_from_the_disk_limit(
+        self, provider: LocalProvider
+    ) -> None:
+        made = await provider.create(self.spec(config={"disk_mb": 16}))
+        program = """
+            import os, time
+            for n in range(3000):
+                os.mkdir("d" * 50); os.chdir("d" * 50)
+            time.sleep(20)
+        """
+        argv = ["/usr/bin/python3", "-c", textwrap.dedent(program)]
+        with pytest.raises(ProviderError, match="disk_limit"):
+            await made.run(Command(argv, cwd=WORKSPACE))
+        await provider.kill(made.sandbox_id)
+
+    async def test_long_root_path_is_no_obstacle(self, root: Path) -> None:
+        provider = LocalProvider(root / ("long-" * 20) / ("longer-" * 20))
+        made = await provider.create(self.spec())
+        assert (await shell(made, "true")).exit_code == 0
+        assert await provider.kill(made.sandbox_id)
+
+    async def test_cancelled_creation_leaves_nothing(
+        self, provider: LocalProvider, root: Path
+    ) -> None:
+        for pause in (0.0, 0.005, 0.02, 0.04, 0.05, 0.06, 0.08):
+            spec = self.spec()
+            creation = asyncio.create_task(provider.create(spec))
+            await asyncio.sleep(pause)
+            creation.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await creation
+                await provider.kill(f"local-{spec.lease_id}")
+            assert processes_of(f"local-{spec.lease_id}") == [], pause
+            assert not root.exists() or list(root.iterdir()) == [], pause
+
+    async def test_garbage_in_the_root_is_tolerated(
+        self, provider: LocalProvider, root: Path
+    ) -> None:
+        root.mkdir(parents=True)
+        (root / "local-garbage").mkdir()
+        (root / "local-file").write_text("")
+        (root / "something else").mkdir()
+        half = root / "local-half"
+        half.mkdir()
+        (half / "meta.json").write_text("{")
+        (half / "home").mkdir(mode=0)
+        (root / "local-link").symlink_to("/")
+        assert await ids(provider, {}) == set()
+        assert not half.exists()
+        made = await provider.create(self.spec(lease_id="garbage"))
+        assert await ids(provider, {}) == {made.sandbox_id}
+
+    async def test_names_cannot_leave_the_root(self, provider: LocalProvider) -> None:
+        for name in ("../x", "local-../x", "local-", "/etc", "local-A", "bases", "local-a\n"):
+            for operation in (provider.kill(name), provider.connect(name)):
+                with pytest.raises(ProviderError) as caught:
+                    await operation
+                assert caught.value.kind is ErrorKind.INVALID
+        for name in ("../x", "base-../x", "base-a\0"):
+            with pytest.raises(ProviderError):
+                await provider.discard_base(name)
+            with pytest.raises(ProviderError):
+                await provider.create(self.spec(base=name))
+        with pytest.raises(ProviderError):
+            await provider.create(self.spec(lease_id="../x"))
+
+    async def test_discarded_base_is_gone(self, provider: LocalProvider, root: Path) -> None:
+        base = await provider.snapshot(await provider.create(self.spec()))
+        assert (root / "bases" / base / "home").is_dir()
+        await provider.discard_base(base)
+        await provider.discard_base(base)
+        assert list((root / "bases").iterdir()) == []
+
+    async def test_snapshot_asked_for_again_is_the_same(self, provider: LocalProvider) -> None:
+        made = await provider.create(self.spec())
+        assert await provider.snapshot(made) == await provider.snapshot(made)
+
+    async def test_missing_mount_is_named(self, provider: LocalProvider, root: Path) -> None:
+        for changes in (
+            {"config": {"read_only_paths": ["/no/such/place"]}},
+            {"mounts": {"/no/such/place": "/opt/place"}},
+        ):
+            with pytest.raises(ProviderError, match="/no/such/place") as caught:
+                await provider.create(self.spec(**changes))
+            assert caught.value.kind is ErrorKind.INVALID
+        assert list(root.iterdir()) == []
+
+    async def test_cancelled_command_is_ended(self, provider: LocalProvider) -> None:
+        made = await provider.create(self.spec())
+        marker = f"7{time.monotonic_ns()}"
+        running = asyncio.create_task(made.run(Command(["sleep", marker])))
+        await asyncio.sleep(0.3)
+        assert len(holders_of(marker)) == 1
+        running.cancel()
+
+        async def ended() -> bool:
+            return not holders_of(marker)
+
+        await wait_until(ended, seconds=3)
+
+    async def test_hundred_requests_at_once_are_answered(self, provider: LocalProvider) -> None:
+        made = await provider.create(self.spec())
+        await made.write(f"{HOME}/file", b"content")
+        answers = await asyncio.gather(*(made.read(f"{HOME}/file") for _ in range(200)))
+        assert set(answers) == {b"content"}
+
+    async def test_odd_files_are_not_read(self, provider: LocalProvider) -> None:
+        made = await provider.create(self.spec())
+        await shell(made, "mkfifo pipe; mkdir folder; ln -s loop loop", cwd=HOME)
+        for name in ("pipe", "folder", "loop"):
+            with pytest.raises(FileNotFoundError):
+                await made.read(f"{HOME}/{name}")
+
+    async def test_write_keeps_a_files_mode(self, provider: LocalProvider) -> None:
+        made = await provider.create(self.spec())
+        await shell(made, "touch script; chmod 750 script", cwd=HOME)
+        await made.write(f"{HOME}/script", b"#!/bin/sh\necho $0\n")
+        assert (await made.run(Command([f"{HOME}/script"]))).exit_code == 0
+
+
+@needs_bubblewrap
+class TestBubblewrapOnly(Shared):
+    isolation = "bubblewrap"
+
+    @pytest.mark.parametrize("bwrap", find_bwrap(), ids=lambda path: str(path.parent))
+    async def test_every_bubblewrap_found_works(self, root: Path, bwrap: Path) -> None:
+        provider = LocalProvider(root, bwrap=bwrap)
+        made = await provider.create(self.spec())
+        assert (await shell(made, "id -u")).stdout == b"1000\n"
+        assert await provider.kill(made.sandbox_id)
+
+    async def test_system_is_read_only(self, provider: LocalProvider) -> None:
+        made = await provider.create(self.spec())
+        places = "/ /usr /etc /dev /proc /home /bin /lib /run/sandbox"
+        script = f"for place in {places}; do touch $place/file 2>/dev/null && echo $place; done"
+        assert (await shell(made, script)).stdout == b""
+
+    async def test_environment_is_small_and_known(self, provider: LocalProvider) -> None:
+        made = await provider.create(self.spec())
+        seen = (await made.run(Command(["env"]))).stdout.decode().splitlines()
+        assert sorted(seen) == [
+            "HOME=/home/user",
+            "LANG=C.UTF-8",
+            "PATH=/usr/local/bin:/usr/bin:/bin",
+            "TERM=dumb",
+        ]
+
+    async def test_paths_are_shown_read_only(self, provider: LocalProvider, root: Path) -> None:
+        tools = root.parent / "tools"
+        tools.mkdir()
+        (tools / "file").write_text("text")
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(root.parent / "s"))
+        listener.listen()
+        mounts = {str(tools): "/opt/tools", str(tools / "file"): f"{HOME}/.config/file"}
+        mounts[str(root.parent / "s")] = "/run/proxy.sock"
+        made = await provider.create(
+            self.spec(
+                network="model_api", mounts=mounts, config={"read_only_paths": [str(tools)]}
+            )
+        )
+        for place in ("/opt/tools/file", f"{tools}/file", f"{HOME}/.config/file"):
+            assert await made.read(place) == b"text"
+            assert (await shell(made, f"echo > {place}")).exit_code != 0
+        program = "import socket; socket.socket(socket.AF_UNIX).connect('/run/proxy.sock')"
+        assert (await made.run(Command(["python3", "-c", program]))).exit_code == 0
+        listener.close()
+
+    async def test_places_that_cannot_be_mounted_are_named(self, provider: LocalProvider) -> None:
+        for target in ("/", "/home", HOME, "relative", "/opt/../home"):
+            with pytest.raises(ProviderError, match="/usr") as caught:
+                await provider.create(self.spec(mounts={"/usr": target}))
+            assert caught.value.kind is ErrorKind.INVALID
+
+    async def test_planted_link_is_no_mount_point(
+        self, provider: LocalProvider, root: Path
+    ) -> None:
+        prepared = await provider.create(self.spec())
+        await shell(prepared, f"ln -s /oldroot{root}/planted $HOME/.config")
+        base = await provider.snapshot(prepared)
+        with pytest.raises(ProviderError, match="link"):
+            await provider.create(self.spec(base=base, mounts={"/etc/hostname": f"{HOME}/.config"}))
+        assert not (root / "planted").exists()
+
+    async def test_full_network_shares_the_hosts(self, provider: LocalProvider) -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        made = await provider.create(self.spec(network="full"))
+        program = f"import socket; socket.create_connection(('127.0.0.1', {listener.getsockname()[1]}), 3)"
+        assert (await made.run(Command(["python3", "-c", program]))).exit_code == 0
+        listener.close()
+
+    async def test_localhost_is_known_without_network(self, provider: LocalProvider) -> None:
+        made = await provider.create(self.spec())
+        assert (await shell(made, "getent hosts localhost")).exit_code == 0
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
+    @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv")
+    async def test_works_for_an_ordinary_user(self) -> None:
+        """Conformance for users other than root, in short; their home must be their own."""
+        python = find_public_python()
+        if python is None:
+            pytest.skip("no interpreter that other users may run")
+        package = Path(supervisor.__file__).parents[2]
+        paths = os.pathsep.join([str(package), *(path for path in sys.path if "site-packages" in path)])
+        with tempfile.TemporaryDirectory(prefix="ordinary-") as folder:
+            os.chown(folder, 65534, 65534)
+            program = f"""
+                import asyncio
+                from pathlib import Path
+                from sandbox_pipeline.config import SandboxConfig
+                from sandbox_pipeline.sandboxes.base import Command, SandboxSpec
+                from sandbox_pipeline.sandboxes.local import LocalProvider
+                async def main():
+                    provider = LocalProvider(Path({folder!r}, "root"))
+                    spec = SandboxSpec("one", {{}}, 60, "none", SandboxConfig(max_processes=64))
+                    made = await provider.create(spec)
+                    await made.write("/home/user/workspace/file", b"text")
+                    result = await made.run(Command(["sh", "-c", "id -u; mkdir -m 0 workspace/shut; touch workspace/shut"]))
+                    print(result)
+                    assert result.stdout == b"1000\\n", result
+                    assert await provider.kill(made.sandbox_id)
+                    assert list(Path({folder!r}, "root").iterdir()) == []
+                asyncio.run(main())
+                print("fine")
+            """
+            argv = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python, "-c"]
+            done = await asyncio.to_thread(
+                subprocess.run,
+                [*argv, textwrap.dedent(program)],
+                env={"PYTHONPATH": paths, "PATH": os.environ["PATH"]},
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.stdout.endswith("fine\n"), done.stderr + done.stdout
+
+
+def find_public_python() -> str | None:
+    """A Python like ours that every user may run."""
+    name = f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}"
+    return name if Path(name).exists() else None
+
+
+@needs_linux
+class TestWithoutIsolationOnly(Shared):
+    isolation = "none"
+
+    async def test_home_is_translated_where_it_is_a_path(self, provider: LocalProvider) -> None:
+        made = await provider.create(self.spec())
+        assert isinstance(made, LocalSandbox)
+        real = str(made.folder.home)
+        argv = ["printf", "%s\\n", HOME, f"{HOME}/a", f"--x={HOME}/b:{HOME}", f"cd {HOME}; ls"]
+        argv += ["/home/username", f"/x{HOME}", f"{real}/c"]
+        result = await made.run(Command(argv))
+        assert result.stdout.decode().splitlines() == [
+            real,
+            f"{real}/a",
+            f"--x={real}/b:{real}",
+            f"cd {real}; ls",
+            "/home/username",
+            f"/x{HOME}",
+            f"{real}/c",
+        ]
+        seen = await shell(made, 'pwd; echo "$HOME" "$X"', cwd=WORKSPACE, env={"X": f"{HOME}/x"})
+        assert seen.stdout.decode() == f"{real}/workspace\n{real} {real}/x\n"
+
+    async def test_hosts_environment_is_not_handed_on(
+        self, provider: LocalProvider, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("SOME_SECRET", "value")
+        made = await provider.create(self.spec())
+        assert b"SOME_SECRET" not in (await made.run(Command(["env"]))).stdout
+
+    async def test_shims_death_leaves_no_process(self, provider: LocalProvider) -> None:
+        made = await provider.create(self.spec())
+        marker = f"7{time.monotonic_ns()}"
+        await shell(made, f"setsid nohup sleep {marker} >/dev/null 2>&1 &")
+        script = "kill -9 $(ps -o ppid= -p $(ps -o ppid= -p $$))"
+        with pytest.raises(ProviderError) as caught:
+            await shell(made, script)
+        assert caught.value.kind is ErrorKind.GONE
+        assert holders_of(marker) == []
+
+
+class TestWhereIsolationIsMissing:
+    async def test_creation_fails_naming_the_choices(
+        self, provider: LocalProvider, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("sandbox_pipeline.sandboxes.bubblewrap.find_bwrap", lambda: [])
+        probe_isolation.cache_clear()
+        try:
+            with pytest.raises(ProviderError, match="isolation: none") as caught:
+                await provider.create(spec_of("bubblewrap", {}))
+        finally:
+            probe_isolation.cache_clear()
+        assert caught.value.kind is ErrorKind.HOST
+
+    async def test_bubblewrap_that_fails_is_reported_with_its_reason(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        program = root.parent / "bwrap"
+        program.write_text("#!/bin/sh\necho no permission to make namespaces >&2; exit 1\n")
+        program.chmod(0o755)
+        monkeypatch.setattr("sandbox_pipeline.sandboxes.bubblewrap.find_bwrap", lambda: [program])
+        probe_isolation.cache_clear()
+        try:
+            assert "no permission to make namespaces" in probe_isolation().message
+        finally:
+            probe_isolation.cache_clear()
+        with pytest.raises(ProviderError, match="no permission to make namespaces") as caught:
+            await LocalProvider(root, bwrap=program).create(spec_of("bubblewrap", {}))
+        assert caught.value.kind is ErrorKind.HOST
+        assert list(root.iterdir()) == []
+
+    async def test_root_that_cannot_be_made_is_the_hosts_fault(self) -> None:
+        with pytest.raises(ProviderError) as caught:
+            await LocalProvider(Path("/proc/nowhere")).create(spec_of("none", {}))
+        assert caught.value.kind is ErrorKind.HOST
+
+
+def test_every_limit_has_a_status() -> None:
+    names = [status.limit for status in limits_in_force()]
+    assert names == ["cpu", "memory_mb", "max_processes", "disk_mb"]
+    assert all(status.mechanism and status.note for status in limits_in_force())
+
+
+class TestTrees:
+    def test_removal_copes_with_depth_modes_and_links(self, tmp_path: Path) -> None:
+        outside = tmp_path / "outside"
+        outside.mkdir()
+        (outside / "file").write_text("")
+        top = tmp_path / "top"
+        top.mkdir()
+        (top / "link").symlink_to(outside)
+        (top / "shut").mkdir()
+        (top / "shut" / "file").write_text("")
+        (top / "shut").chmod(0)
+        os.mkfifo(top / "pipe")
+        fd = os.open(top, os.O_RDONLY)
+        for _ in range(2000):
+            os.mkdir("d" * 20, dir_fd=fd)
+            os.symlink("/etc", "link2", dir_fd=fd) if fd % 2 else None
+            deeper = os.open("d" * 20, os.O_RDONLY, dir_fd=fd)
+            os.close(fd)
+            fd = deeper
+        os.close(fd)
+        supervisor.remove_tree(str(top))
+        assert not top.exists()
+        assert (outside / "file").exists()
+
+    def test_size_counts_hard_links_once_and_no_links(self, tmp_path: Path) -> None:
+        folder = tmp_path / "folder"
+        (folder / "deep" / "er").mkdir(parents=True)
+        (folder / "file").write_bytes(bytes(100_000))
+        os.link(folder / "file", folder / "deep" / "er" / "same")
+        (folder / "deep" / "link").symlink_to("/usr")
+        assert 100_000 <= supervisor.tree_bytes(str(folder)) < 130_000
+
+
+async def test_sandbox_protocol_is_met(provider: LocalProvider) -> None:
+    made: Sandbox = await provider.create(spec_of("none", {}))
+    assert made.sandbox_id.startswith("local-")
