@@ -31,7 +31,8 @@ def find_claude(config: AgentConfig, environ: Mapping[str, str]) -> Path:
     version = _version(binary, binary.stat().st_mtime_ns)
     if version < MIN_VERSION:
         found, needed = (".".join(map(str, parts)) for parts in (version, MIN_VERSION))
-        msg = f"{binary}: Claude Code {found} is too old, {needed} or newer is needed: claude update, or {HOW_TO_INSTALL}"
+        remedy = f"claude update, or {HOW_TO_INSTALL}"
+        msg = f"{binary}: Claude Code {found} is too old, {needed} or newer is needed: {remedy}"
         raise ConfigError(msg)
     return binary
 
@@ -45,7 +46,8 @@ def _named(config: AgentConfig, environ: Mapping[str, str]) -> Path:
         return path
     found = shutil.which("claude", path=environ.get("PATH", os.defpath))
     if found is None:
-        msg = f"claude: not found on the PATH; install Claude Code with {HOW_TO_INSTALL}, or name it in agent.claude_binary"
+        remedy = f"install Claude Code with {HOW_TO_INSTALL}, or name it in agent.claude_binary"
+        msg = f"claude: not found on the PATH; {remedy}"
         raise ConfigError(msg)
     return Path(found)
 
@@ -65,7 +67,8 @@ def native_program(path: Path) -> Path:
                     return candidate.resolve()
         if folder.name == "node_modules":
             break
-    msg = f"{path}: this is not Claude Code's native program, and none is beside it; install again with {HOW_TO_INSTALL}"
+    problem = "this is not Claude Code's native program, and none is beside it"
+    msg = f"{path}: {problem}; install again with {HOW_TO_INSTALL}"
     raise ConfigError(msg)
 
 

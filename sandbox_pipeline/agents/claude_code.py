@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from sandbox_pipeline.agents.key_proxy import (
     find_credential,
 )
 from sandbox_pipeline.agents.metering import Meter
-from sandbox_pipeline.agents.models import load_prices
+from sandbox_pipeline.agents.models import prices_from_environ
 from sandbox_pipeline.agents.output import OutputLog
 from sandbox_pipeline.agents.transcript import TranscriptWriter
 from sandbox_pipeline.config import AgentConfig
@@ -46,7 +46,6 @@ PROXIED_RETRIES = "10"
 """Claude Code's own number; takes about 3 minutes, in which a killed run can be resumed."""
 DIRECT_RETRIES = "3"
 """Without the proxy a wrong key is tried again as often, which a person waits for."""
-PRICES_VARIABLE = "SANDBOX_PIPELINE_PRICES"
 METER_FILE = "model_api_usage.json"
 LAST_LINES = 5
 
@@ -63,7 +62,7 @@ class ClaudeCodeAgent:
         """See `Agent.validate`; Claude Code itself is looked for only for local sandboxes."""
         find_credential(environ)
         base_url(environ)
-        load_prices(_prices_path(environ))
+        prices_from_environ(environ)
         missing = [name for name in config.env_from if name not in environ]
         if missing:
             msg = f"agent.env_from: not set in this environment: {', '.join(missing)}"
@@ -84,7 +83,7 @@ class ClaudeCodeAgent:
     async def run(self, sandbox: Sandbox, task: Task, reporter: Reporter) -> AgentResult:
         """See `Agent.run`."""
         meter = Meter(
-            load_prices(_prices_path(task.environ)),
+            prices_from_environ(task.environ),
             task.config.max_budget_usd,
             task.artifacts / METER_FILE if task.exchange_dir is not None else None,
         )
@@ -119,7 +118,7 @@ def _proxy(
 @asynccontextmanager
 async def _started_proxy(
     sandbox: Sandbox, task: Task, folder: Path, meter: Meter
-) -> AsyncIterator[KeyProxy]:
+) -> AsyncGenerator[KeyProxy, None]:
     try:
         upstream = base_url(task.environ)
     except ConfigError as error:
@@ -179,7 +178,8 @@ async def _program(sandbox: Sandbox) -> str:
     found = await sandbox.run(Command(["sh", "-c", script]))
     program = found.stdout.decode("utf-8", "replace").strip()
     if found.exit_code != 0 or not program.startswith("/"):
-        msg = "claude: not found in the sandbox; use a sandbox.template that has Claude Code on its PATH"
+        remedy = "use a sandbox.template that has Claude Code on its PATH"
+        msg = f"claude: not found in the sandbox; {remedy}"
         raise AgentError(FailureClass.CONFIG, msg)
     return program
 
@@ -238,11 +238,6 @@ def _placeholder(sandbox: Sandbox, task: Task) -> str:
     return credential.placeholder(task.workflow_id, fork, sandbox.sandbox_id)
 
 
-def _prices_path(environ: Mapping[str, str]) -> Path | None:
-    path = environ.get(PRICES_VARIABLE)
-    return Path(path) if path else None
-
-
 def _count_partials(stream: ClaudeStream, route: _Route) -> None:
     for model, tokens in stream.finished_messages:
         route.meter.add_tokens(model, tokens)
@@ -263,11 +258,18 @@ def _progress(stream: ClaudeStream, route: _Route) -> str:
     return f"{stream.progress}, {tokens / 1000:.1f}k tokens" if tokens else stream.progress
 
 
+@dataclass(frozen=True)
+class _Verdict:
+    outcome: Outcome
+    message: str
+    failure_class: FailureClass | None = None
+
+
 def _result(
     finished: Finished, stream: ClaudeStream, route: _Route, config: AgentConfig, complaints: str
 ) -> AgentResult:
     said = stream.result
-    outcome, failure_class, message = (
+    verdict = (
         _unsaid(finished, stream, route, config, complaints)
         if said is None
         else _judged(said, finished, route, config)
@@ -276,10 +278,10 @@ def _result(
     if said is not None and said.report.usage.cost_usd is not None:
         usage, basis = said.report.usage, "reported"
     return AgentResult(
-        outcome=outcome,
-        failure_class=failure_class,
+        outcome=verdict.outcome,
+        failure_class=verdict.failure_class,
         exit_code=finished.exit_code,
-        message=message,
+        message=verdict.message,
         model=stream.model or route.meter.model,
         agent_version=stream.version,
         turns=stream.turns if said is None else said.report.turns,
@@ -289,29 +291,20 @@ def _result(
     )
 
 
-_Verdict = tuple[Outcome, FailureClass | None, str]
-
-
-def _judged(
-    said: StreamResult, finished: Finished, route: _Route, config: AgentConfig
-) -> _Verdict:
+def _judged(said: StreamResult, finished: Finished, route: _Route, config: AgentConfig) -> _Verdict:
     if finished.timed_out:
         return _timeout(config)
     if said.subtype == "error_max_budget_usd" or (said.is_error and route.meter.refused):
-        return _budget(route, config)
+        return _budget(config)
     if said.subtype == "error_max_turns":
-        message = f"the agent used up agent.max_turns ({config.max_turns})"
-        return Outcome.FAILED, FailureClass.AGENT_FAILED, message
+        return _failed(f"the agent used up agent.max_turns ({config.max_turns})")
     if said.is_error:
-        reason = route.reason
         message = said.text or said.subtype
-        if reason and reason not in message:
-            message = f"{message} ({reason})"
-        return Outcome.FAILED, FailureClass.AGENT_FAILED, message
+        more = route.reason if route.reason not in message else ""
+        return _failed(f"{message} ({more})" if more else message)
     if finished.exit_code != 0:
-        message = f"the agent exited with code {finished.exit_code}: {said.text}"
-        return Outcome.FAILED, FailureClass.AGENT_FAILED, message
-    return Outcome.SUCCESS, None, said.text
+        return _failed(f"the agent exited with code {finished.exit_code}: {said.text}")
+    return _Verdict(Outcome.SUCCESS, said.text)
 
 
 def _unsaid(
@@ -321,29 +314,31 @@ def _unsaid(
     if finished.timed_out:
         return _timeout(config)
     if route.meter.refused:
-        return _budget(route, config)
-    more = "; ".join(filter(None, (route.reason, complaints)))
+        return _budget(config)
+    failure_class = FailureClass.AGENT_FAILED
     if finished.dropped_bytes > 0:
-        message = f"the agent's output is larger than agent.max_output_mb ({config.max_output_mb:g} MB), its result was cut off"
-        return Outcome.FAILED, FailureClass.BAD_RESULT, message
-    if code > 128:
+        limit = f"agent.max_output_mb ({config.max_output_mb:g} MB)"
+        message = f"the agent's output is larger than {limit}, its result was cut off"
+        failure_class = FailureClass.BAD_RESULT
+    elif code > 128:
         message = f"the agent was killed by signal {code - 128}"
     elif code != 0 and not stream.turns and not stream.unreadable:
         message = f"the agent exited with code {code}"
     else:
         message = f"the agent ended with code {code} without a result that can be read"
-        message = f"{message}: {more}" if more else message
-        return Outcome.FAILED, FailureClass.BAD_RESULT, message
-    message = f"{message}: {more}" if more else message
-    return Outcome.FAILED, FailureClass.AGENT_FAILED, message
+        failure_class = FailureClass.BAD_RESULT
+    return _failed(": ".join(filter(None, (message, route.reason, complaints))), failure_class)
+
+
+def _failed(message: str, failure_class: FailureClass = FailureClass.AGENT_FAILED) -> _Verdict:
+    return _Verdict(Outcome.FAILED, message, failure_class)
 
 
 def _timeout(config: AgentConfig) -> _Verdict:
-    message = f"the agent worked longer than agent.timeout_seconds ({config.timeout_seconds:g} s)"
-    return Outcome.TIMEOUT, None, message
+    limit = f"agent.timeout_seconds ({config.timeout_seconds:g} s)"
+    return _Verdict(Outcome.TIMEOUT, f"the agent worked longer than {limit}")
 
 
-def _budget(route: _Route, config: AgentConfig) -> _Verdict:
-    limit = f"{config.max_budget_usd:g}" if config.max_budget_usd is not None else "unset"
-    message = f"the agent used up agent.max_budget_usd ({limit} US dollars)"
-    return Outcome.BUDGET_EXCEEDED, None, message
+def _budget(config: AgentConfig) -> _Verdict:
+    limit = f"agent.max_budget_usd ({config.max_budget_usd or 0:g} US dollars)"
+    return _Verdict(Outcome.BUDGET_EXCEEDED, f"the agent used up {limit}")

@@ -203,6 +203,8 @@ def _text(content: object) -> str:
         return content
     blocks = map(as_mapping, as_list(content))
     return "\n".join(
-        text if isinstance(text := block.get("text"), str) else f"[{as_text(block.get('type'), 50)}]"
+        text
+        if isinstance(text := block.get("text"), str)
+        else f"[{as_text(block.get('type'), 50)}]"
         for block in blocks
     )

@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -81,17 +81,19 @@ class Credential:
         return f"sandbox-placeholder-{digest[:40]}"
 
 
-def find_credential(environ: Mapping[str, str]) -> Credential:
+def find_credential(
+    environ: Mapping[str, str], variables: Sequence[str] = CREDENTIAL_VARIABLES
+) -> Credential:
     """The credential of this machine; where there are several, the one Claude Code would use.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: none of the variables is set.
     """
-    for variable in CREDENTIAL_VARIABLES:
+    for variable in variables:
         value = environ.get(variable, "").strip()
         if value:
             return Credential(variable, value)
-    msg = "no key for the model: set ANTHROPIC_API_KEY (or ANTHROPIC_AUTH_TOKEN, or CLAUDE_CODE_OAUTH_TOKEN as made by `claude setup-token`) in the environment"
+    msg = f"no key for the model: set one of {', '.join(variables)} in the environment"
     raise ConfigError(msg)
 
 

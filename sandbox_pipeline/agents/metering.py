@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -86,7 +85,20 @@ class Meter:
         """
         if self._budget_usd is None or self._totals.cost_usd < self._budget_usd:
             return ""
-        return f"the budget of this fork is used up: {self._totals.cost_usd:.4f} of {self._budget_usd:g} US dollars"
+        spent = f"{self._totals.cost_usd:.4f} of {self._budget_usd:g} US dollars"
+        return f"the budget of this fork is used up: {spent}"
+
+    def dump(self) -> str:
+        """The sums, for `restore`."""
+        return self._totals.model_dump_json()
+
+    def restore(self, sums: str) -> None:
+        """Go on from sums that `dump` gave.
+
+        Raises:
+            ValueError: they are none.
+        """
+        self._totals = _Totals.model_validate_json(sums)
 
     def add(self, response: ResponseMeter) -> None:
         """Count one answer, also one that was broken off."""
@@ -114,8 +126,8 @@ class Meter:
             return
         temporary = self._path.with_suffix(".tmp")
         try:
-            temporary.write_text(self._totals.model_dump_json(), encoding="utf-8")
-            os.replace(temporary, self._path)
+            temporary.write_text(self.dump(), encoding="utf-8")
+            temporary.replace(self._path)
         except OSError as error:
             logger.warning("%s: cannot be written: %s", self._path, error)
 
@@ -170,7 +182,8 @@ class ResponseMeter:
             return
         if event.get("type") == "error":
             error = as_mapping(event.get("error"))
-            self.error = f"{as_text(error.get('type'), 100) or 'error'}: {as_text(error.get('message')) or ''}"
+            kind = as_text(error.get("type"), 100) or "error"
+            self.error = f"{kind}: {as_text(error.get('message')) or ''}"
         else:
             self.usage.event(event)
 

@@ -15,6 +15,7 @@ from sandbox_pipeline.errors import ConfigError
 
 PRICES_AS_OF = "2026-11-23"
 PRICES_SOURCE = "https://platform.claude.com/docs/en/about-claude/pricing"
+PRICES_VARIABLE = "SANDBOX_PIPELINE_PRICES"
 
 ALIASES = {
     "sonnet": "claude-sonnet-5-5",
@@ -108,9 +109,7 @@ PRICES: Prices = {
     "claude-sonnet-5": Price(2, 10, 2.5, 0.2, 4),
     "claude-sonnet-4-6": _SONNET_4,
     "claude-sonnet-4-5": _SONNET_4,
-    "claude-haiku-5-5": Price(
-        0.1, 0.5, 0.125, 0.01, 0.2, 100_000, Price(0.5, 2.5, 0.625, 0.05, 1)
-    ),
+    "claude-haiku-5-5": Price(0.1, 0.5, 0.125, 0.01, 0.2, 100_000, Price(0.5, 2.5, 0.625, 0.05, 1)),
     "claude-haiku-4-5": Price(1, 5, 1.25, 0.1, 2),
 }
 
@@ -165,7 +164,8 @@ def load_prices(path: Path | None) -> Prices:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        msg = f"{path}: {where or 'prices'}: {first['msg']}; expected for each model input, output, cache_creation, cache_read in USD per million tokens"
+        needed = "input, output, cache_creation, cache_read in USD per million tokens"
+        msg = f"{path}: {where or 'prices'}: {first['msg']}; each model needs {needed}"
         raise ConfigError(msg) from None
     own = {
         name: Price(
@@ -178,3 +178,13 @@ def load_prices(path: Path | None) -> Prices:
         for name, entry in entries.items()
     }
     return {**PRICES, **own}
+
+
+def prices_from_environ(environ: Mapping[str, str]) -> Prices:
+    """The prices, with those of the file that the variable `PRICES_VARIABLE` names.
+
+    Raises:
+        ConfigError: as `load_prices`.
+    """
+    path = environ.get(PRICES_VARIABLE)
+    return load_prices(Path(path) if path else None)

@@ -75,6 +75,14 @@ class Interpreter:
     bind: Path | None
 
 
+@dataclass(frozen=True)
+class Mount:
+    """A host path and where it is shown inside, read-only."""
+
+    source: str
+    target: str
+
+
 @functools.cache
 def probe_isolation() -> IsolationProbe:
     """Try, once a process, whether a sandbox with all its options starts here."""
@@ -137,10 +145,10 @@ def sandbox_options(spec: SandboxSpec, folder: Path) -> list[str]:
         ProviderError: `INVALID` for a path to show inside that is missing or can't be shown.
     """
     interpreter = find_interpreter()
-    shown = {path: path for path in spec.config.read_only_paths} | dict(spec.mounts)
+    shown = shown_paths(spec, folder / "home")
     path_inside = PATH_INSIDE
     if interpreter.bind is not None:
-        shown.setdefault(str(interpreter.bind), str(interpreter.bind))
+        shown.append(Mount(str(interpreter.bind), str(interpreter.bind)))
         path_inside += f":{interpreter.bind}/bin"
     options = [*NAMESPACES, *([] if spec.network == "full" else ["--unshare-net"])]
     for name, value in environment(path_inside, HOME).items():
@@ -152,9 +160,8 @@ def sandbox_options(spec: SandboxSpec, folder: Path) -> list[str]:
         options += ["--ro-bind", f"{folder}/etc/{name}", f"/etc/{name}"]
     options += ["--ro-bind", str(Path(__file__).with_name("shim.py")), SHIM_INSIDE]
     options += ["--bind", f"{folder}/home", HOME]
-    for source, target in sorted(shown.items(), key=lambda item: item[1]):
-        check_mount(source, target, folder / "home")
-        options += ["--ro-bind", source, target]
+    for mount in sorted(shown, key=lambda mount: mount.target):
+        options += ["--ro-bind", mount.source, mount.target]
     return [*options, "--remount-ro", "/", "--chdir", HOME]
 
 
@@ -170,12 +177,23 @@ def etc_files(spec: SandboxSpec) -> dict[str, str]:
     return {**SYNTHETIC_ETC, "hosts": HOSTS_WITHOUT_NETWORK}
 
 
-def check_mount(source: str, target: str, home: Path) -> None:
-    """Refuse what can't be shown inside.
+def shown_paths(spec: SandboxSpec, home: Path) -> list[Mount]:
+    """What of the host is shown inside, as `read_only_paths` and `mounts` say.
+
+    Args:
+        home: the sandbox's home on the host.
 
     Raises:
-        ProviderError: `INVALID`, naming the path and what is wrong with it.
+        ProviderError: `INVALID` for a path that is missing or can't be shown.
     """
+    shown = [Mount(path, path) for path in spec.config.read_only_paths]
+    shown += [Mount(source, target) for source, target in spec.mounts.items()]
+    for mount in shown:
+        _check_mount(mount.source, mount.target, home)
+    return shown
+
+
+def _check_mount(source: str, target: str, home: Path) -> None:
     reason = ""
     if not os.path.lexists(source):
         reason = "does not exist on this machine"
@@ -210,7 +228,10 @@ def _system_options(spec: SandboxSpec) -> list[str]:
         elif place.is_dir():
             options += ["--ro-bind", str(place), str(place)]
     tmp_mb = min(TMP_MB, spec.config.disk_mb or TMP_MB, spec.config.memory_mb or TMP_MB)
-    options += ["--proc", "/proc", "--dev", "/dev"]
+    options += ["--perms", "0755", "--dir", "/etc", "--perms", "0755", "--dir", "/home"]
+    # A root user's sandbox could write /proc/sys, such as core_pattern, which runs on the host:
+    # bubblewrap covers it only where the folder itself seems writable.
+    options += ["--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev"]
     options += _tmpfs("/dev/shm", "1777", tmp_mb)  # noqa: S108 (inside the sandbox)
     options += ["--remount-ro", "/dev"]
     options += _tmpfs("/tmp", "1777", tmp_mb)  # noqa: S108 (inside the sandbox)
@@ -225,7 +246,7 @@ def _tmpfs(place: str, mode: str, size_mb: int) -> list[str]:
 
 def _try(program: Path) -> str | None:
     """Why this program can't start a sandbox; None when it can."""
-    bind = ["--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev"]
+    bind = ["--ro-bind", "/", "/", "--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev"]
     sized = ["--size", str(MIB), "--tmpfs", "/tmp", "--remount-ro", "/tmp"]  # noqa: S108
     code, text = _output([str(program), *NAMESPACES, "--unshare-net", *bind, *sized, "true"])
     return None if code == 0 else f"exit code {code}: {' '.join(text.split())[:300]}"

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sandbox_pipeline.errors import ConfigError, ErrorKind, ProviderError
 from sandbox_pipeline.redaction import Redactor
 from sandbox_pipeline.sandboxes.base import (
+    HOME,
+    STATE_DIR,
+    WORKSPACE,
+    Command,
     Network,
     Sandbox,
     SandboxInfo,
     SandboxSpec,
 )
-from sandbox_pipeline.sandboxes.e2b_errors import Call, provider_error
-
-if TYPE_CHECKING:
-    import e2b
-
-logger = logging.getLogger(__name__)
+from sandbox_pipeline.sandboxes.e2b_client import E2BClient
+from sandbox_pipeline.sandboxes.e2b_errors import MAX_MESSAGE_CHARS, Call
+from sandbox_pipeline.sandboxes.e2b_sandbox import E2BSandbox
 
 DEFAULT_TEMPLATE = "claude"
 MODEL_API_HOST = "api.anthropic.com"
-KEY_HELP = "create one at https://e2b.dev/dashboard?tab=keys"
 PAGE_SIZE = 100
 MAX_PAGES = 1000
 CONNECT_TTL_SECONDS = 15
+READY_SECONDS = 30.0
 READY_POLL_SECONDS = 0.25
 
 
@@ -120,26 +120,28 @@ class E2BProvider:
             Call.CREATE,
             "create a sandbox",
         )
-        await self._wait_until_ready(sdk)
-        return E2BSandbox(self._client, sdk, until=began + spec.ttl_seconds)
+        sandbox = E2BSandbox(self._client, sdk, until=began + spec.ttl_seconds)
+        await self._make_ready(sandbox)
+        return sandbox
 
-    async def _wait_until_ready(self, sdk: e2b.AsyncSandbox) -> None:
-        end = time.monotonic() + self._client.timeout_seconds
+    async def _make_ready(self, sandbox: E2BSandbox) -> None:
+        """Make the folders of the contract, which shows that it takes commands."""
+        folders = Command(["mkdir", "-p", WORKSPACE, STATE_DIR], timeout_seconds=READY_SECONDS)
+        end = time.monotonic() + READY_SECONDS
         while True:
-            left = end - time.monotonic()
             try:
-                async with asyncio.timeout(max(1.0, left)):
-                    if await sdk.is_running():
-                        return
-                reason = "its sandbox is not running"
-            except Exception as error:  # noqa: BLE001 - the SDK raises from several bases
-                reason = str(
-                    provider_error(error, Call.CREATE, "be reached", self._client.redactor)
-                )
-            if left <= 0:
+                made = await sandbox.run(folders)
+            except ProviderError as error:
+                problem, final = str(error), not error.policy.retry
+            else:
+                if made.exit_code == 0:
+                    return
+                problem = f"no folders in {HOME}: {made.stderr[:200].decode('utf-8', 'replace')}"
+                final = True
+            if final or time.monotonic() > end:
                 # It exists, so whoever asked has to find and end it.
-                msg = f"sandbox {sdk.sandbox_id} was created but doesn't answer: {reason}"
-                raise ProviderError(ErrorKind.AMBIGUOUS, msg[:500])
+                msg = f"sandbox {sandbox.sandbox_id} was created but can't be used: {problem}"
+                raise ProviderError(ErrorKind.AMBIGUOUS, msg[:MAX_MESSAGE_CHARS])
             await asyncio.sleep(READY_POLL_SECONDS)
 
     async def connect(self, sandbox_id: str) -> Sandbox:

@@ -28,19 +28,25 @@ LAUNCH = f'eval "${JOB_VARIABLE}"'
 # a pipe that nobody writes to, which starts no process that could be left over.
 #
 # The sinks outlive the script when a background process holds the output open, so that it is not
-# ended by SIGPIPE; they hold no file of the script's own. Whether a sink has kept all that the
-# command wrote is known without an end of file: its `dd` sleeps and the pipe is empty.
+# ended by SIGPIPE. A sink's first `cat` keeps what fits under its file size limit, which ends it;
+# `head` would hold back small output, and `dd` counts short reads as whole blocks. That it has
+# kept all that the command wrote is known without an end of file: it sleeps and the pipe is empty.
+#
+# It cleans up without a trap, since a forked subshell that is killed at once would run that too.
 #
 # Exit 70 and 71: no room for the script's own files.
 SCRIPT = r"""
 _sp=$(mktemp -d /tmp/.sandbox-pipeline.XXXXXX) || exit 70
-trap 'rm -rf -- "$_sp" "${_sp_files[@]}"' EXIT
-mkfifo -- "$_sp/out" "$_sp/err" "$_sp/nap" || exit 70
-_sp_setsid=$(type -P setsid) || exit 70
 
+finish() {
+  rm -rf -- "$_sp" "${_sp_files[@]}"
+  exit "$1"
+}
 sink() {
   exec 3<"$_sp/$1"
-  dd bs=65536 iflag=count_bytes count="$_sp_keep" of="$_sp/$1.kept" status=none <&3 &
+  ulimit -c 0
+  ulimit -f "$(((_sp_keep + 1023) / 1024))"
+  cat <&3 >"$_sp/$1.kept" &
   echo "$!" >"$_sp/$1.pid"
   wait "$!"
   echo "$?" >"$_sp/$1.status"
@@ -88,9 +94,12 @@ settle() {
     [[ $_sp_state == S ]] && ! read -t 0 -u "$2" && return 0
     read -r -t 0.002 -u "$_sp_nap"
   done
-  get "$1.status" && [[ $_sp_got == 0 ]]
+  get "$1.status" || return
+  [[ $_sp_got == 0 ]] || (($(stat -c %s -- "$_sp/$1.kept") >= _sp_keep))
 }
 
+mkfifo -- "$_sp/out" "$_sp/err" "$_sp/nap" || finish 70
+_sp_setsid=$(type -P setsid) || finish 70
 sink out </dev/null >/dev/null &
 sink err </dev/null >/dev/null &
 exec {_sp_out}>"$_sp/out" {_sp_err}>"$_sp/err"
@@ -108,13 +117,13 @@ _sp_code=$?
 exec {_sp_out}>&- {_sp_err}>&-
 _sp_late=0
 if [[ -e $_sp/late ]]; then wait "$_sp_watch"; _sp_late=1; else kill "$_sp_watch"; fi
-settle out "$_sp_out_read" && settle err "$_sp_err_read" || exit 71
+settle out "$_sp_out_read" && settle err "$_sp_err_read" || finish 71
 printf '\n%s %s %s\n' "$_sp_token" "$_sp_code" "$_sp_late"
-base64 -w0 "$_sp/out.kept"
+head -c "$_sp_keep" -- "$_sp/out.kept" | base64 -w0
 printf '\n'
-base64 -w0 "$_sp/err.kept"
+head -c "$_sp_keep" -- "$_sp/err.kept" | base64 -w0
 printf '\n%s\n' "$_sp_token"
-exit 0
+finish 0
 """
 
 

@@ -140,7 +140,10 @@ class SandboxFolder:
         try:
             reason = str(json.loads(read_text(str(self.path / "ended.json")))["reason"])
         except (ValueError, KeyError, TypeError):
-            return "its supervisor is gone" if self.path.exists() else "there is none of this name"
+            if not self.path.exists():
+                return "there is none of this name"
+            lines = read_text(str(self.path / "supervisor.err")).splitlines()
+            return f"its supervisor died: {lines[-1]}" if lines else "its supervisor was killed"
         stderr = " ".join(read_text(str(self.path / "stderr")).split())
         shown = "".join(letter for letter in stderr if letter.isprintable())[:STDERR_SHOWN]
         return f"{reason}: {shown}" if shown and reason == "exited" else reason

@@ -201,11 +201,11 @@ class LocalProvider:
         start = _Start(folder, spec, bwrap)
         end = time.monotonic() + START_SECONDS
         with _host_errors(f"cannot create {folder.sandbox_id}"):
-            while not await _to_end(asyncio.to_thread(start.claim, self.root)):
-                adopted = await self._adopt(folder, end)
-                if adopted is not None:
-                    return adopted
             try:
+                while not await _to_end(asyncio.to_thread(start.claim, self.root)):
+                    adopted = await self._adopt(folder, end)
+                    if adopted is not None:
+                        return adopted
                 await self._copy_base(spec, folder)
                 await _to_end(asyncio.to_thread(start.launch))
                 sandbox = LocalSandbox(folder, start.meta)
@@ -315,7 +315,9 @@ class LocalProvider:
                 (folder.home / Path(inside).relative_to(HOME)).mkdir()
 
     async def _abandon(self, start: _Start) -> None:
-        """End what was started and leave nothing of it."""
+        """End what was started and leave nothing of it; what others started is not touched."""
+        if not start.claimed:
+            return
         with contextlib.suppress(ProviderError, OSError):
             await asyncio.to_thread(start.release)
             if start.launched:
@@ -368,6 +370,7 @@ class _Start:
         self.folder = folder
         self.spec = spec
         self.bwrap = bwrap
+        self.claimed = False
         self.launched = False
         self._lock: int | None = None
         name = f"{folder.sandbox_id}-{zlib.crc32(os.fsencode(folder.path)):08x}"
@@ -386,6 +389,7 @@ class _Start:
         self._lock = self.folder.claim()
         if self._lock is None:
             return False
+        self.claimed = True
         self.folder.write_meta(self.meta)
         return True
 
@@ -403,7 +407,7 @@ class _Start:
         folder.extend(self.spec.ttl_seconds)
         try:
             argv, env = self._direct() if self.bwrap is None else self._isolated(descriptors)
-            with folder.listen() as listener:
+            with folder.listen() as listener, (path / "supervisor.err").open("wb") as errors:
                 lock = cast("int", self._lock)
                 options = [f"folder={path}", f"lock_fd={lock}", f"listen_fd={listener.fileno()}"]
                 if self.bwrap is None:
@@ -418,7 +422,7 @@ class _Start:
                     [*program, folder.sandbox_id, *options, "--", *argv],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
+                    stderr=errors,
                     pass_fds=(lock, listener.fileno(), *descriptors),
                     start_new_session=True,
                     cwd="/",
@@ -446,8 +450,7 @@ class _Start:
         return bubblewrap.command_line(cast("Path", self.bwrap)), {}
 
     def _direct(self) -> tuple[list[str], dict[str, str]]:
-        for source, target in self.spec.mounts.items():
-            bubblewrap.check_mount(source, target, self.folder.home)
+        bubblewrap.shown_paths(self.spec, self.folder.home)
         temporary = self.folder.path / "tmp"
         temporary.mkdir(mode=0o700)
         search_path = os.environ.get("PATH") or bubblewrap.PATH_INSIDE
@@ -552,8 +555,6 @@ def _start_failure(error: BaseException) -> BaseException:
 def _host_errors(action: str):  # noqa: ANN202
     try:
         yield
-    except FileNotFoundError:
-        raise
     except OSError as error:
         raise ProviderError(ErrorKind.HOST, f"{action}: {error}") from error
 

@@ -42,6 +42,8 @@ EXIT_NOT_FOUND = 127
 
 def main() -> None:
     """Serve until killed or, with a lifeline, until the supervisor is gone."""
+    # Set by bubblewrap; it would be wrong for a command that runs elsewhere.
+    os.environ.pop("PWD", None)
     listener = socket.socket(fileno=int(sys.argv[1]))
     listener.set_inheritable(False)
     listener.settimeout(None)

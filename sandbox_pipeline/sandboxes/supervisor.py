@@ -304,6 +304,7 @@ class Supervisor:
         poll = select.poll()
         poll.register(self.wake_fd, select.POLLIN)
         poll.register(self.stderr_fd, select.POLLIN)
+        stderr_fd = self.stderr_fd
         deadline = self._deadline()
         while True:
             if self.terminated:
@@ -322,8 +323,8 @@ class Supervisor:
             ready = [fd for fd, _ in poll.poll(max(0.0, seconds) * 1000 + 1)]
             if self.wake_fd in ready:
                 os.read(self.wake_fd, 4096)
-            if self.stderr_fd in ready and not self._read_stderr():
-                poll.unregister(self.stderr_fd)
+            if stderr_fd in ready and not self._read_stderr():
+                poll.unregister(stderr_fd)
 
     def _deadline(self) -> float:
         try:

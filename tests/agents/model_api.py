@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import os
 import shutil
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sandbox_pipeline.agents.base import EXCHANGE_DIR, Agent, Task
+from sandbox_pipeline.agents.models import PRICES, Tokens
 from sandbox_pipeline.config import AgentConfig, SandboxConfig
 from sandbox_pipeline.redaction import Redactor
 from sandbox_pipeline.sandboxes.base import (
@@ -24,6 +25,7 @@ from sandbox_pipeline.sandboxes.base import (
     SandboxSpec,
 )
 from sandbox_pipeline.sandboxes.local import LocalProvider
+from tests.servers.messages_server import LedgerEntry
 
 CANARY = "sk-ant-canary-7f3a9c52e1d84b60"
 NPM_BINARY = Path("/opt/claude-code/node_modules/.bin/claude")
@@ -66,7 +68,12 @@ class Bench:
         return await self.sandbox.run(Command(["sh", "-c", script], cwd=WORKSPACE))
 
     async def task(
-        self, config: AgentConfig, *, prompt: str = "do it", model: str = "sonnet", fork_num: int = 0
+        self,
+        config: AgentConfig,
+        *,
+        prompt: str = "do it",
+        model: str = "sonnet",
+        fork_num: int = 0,
     ) -> Task:
         path = f"{STATE_DIR}/prompt.txt"
         await self.sandbox.write(path, prompt.encode())
@@ -96,7 +103,7 @@ async def bench(
     *,
     network: Network = "model_api",
     lease_id: str = "lease-0",
-) -> AsyncIterator[Bench]:
+) -> AsyncGenerator[Bench, None]:
     """A local sandbox with a small repository in it."""
     provider = LocalProvider(tmp_path / "sandboxes")
     exchange = tmp_path / f"exchange-{lease_id}"
@@ -141,3 +148,19 @@ def files_with_secret(*folders: Path, secret: str = CANARY) -> list[Path]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and any(form in path.read_bytes() for form in secret_forms(secret))
     ]
+
+
+def cost(entries: list[LedgerEntry]) -> float:
+    """What the server charged, by our prices."""
+    total = 0.0
+    for entry in entries:
+        if entry.charge is not None:
+            charge = entry.charge
+            tokens = Tokens(
+                charge.input_tokens,
+                charge.output_tokens,
+                charge.cache_creation_input_tokens,
+                charge.cache_read_input_tokens,
+            )
+            total += PRICES[entry.model].cost_usd(tokens)
+    return total

@@ -8,8 +8,9 @@ import json
 import shlex
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import pytest
 
 from sandbox_pipeline.agents.claude_binary import native_program
 from sandbox_pipeline.agents.claude_code import MOUNTED_BINARY, ClaudeCodeAgent
-from sandbox_pipeline.agents.models import PRICES, Tokens
 from sandbox_pipeline.agents.transcript import read_transcript
 from sandbox_pipeline.config import AgentConfig
 from sandbox_pipeline.errors import ConfigError, FailureClass
@@ -27,6 +27,7 @@ from tests.agents.model_api import (
     Bench,
     Listener,
     bench,
+    cost,
     files_with_secret,
     find_test_claude,
     secret_forms,
@@ -34,7 +35,6 @@ from tests.agents.model_api import (
 from tests.servers.messages_server import (
     Charge,
     Fault,
-    LedgerEntry,
     MessagesServer,
     Script,
     ToolCall,
@@ -51,8 +51,11 @@ needs_claude = pytest.mark.skipif(
 FIX = "cat > app.py <<'EOF'\ndef f(): return 2\nEOF"
 EDITS = steps(
     say("Looking.", ToolCall("Bash", {"command": FIX}), charge=Charge(1000, 50, 300, 20)),
-    say("Writing.", ToolCall("Write", {"file_path": "/home/user/workspace/new.txt", "content": "new\n"}),
-        charge=Charge(5, 40, 100, 1300)),
+    say(
+        "Writing.",
+        ToolCall("Write", {"file_path": "/home/user/workspace/new.txt", "content": "new\n"}),
+        charge=Charge(5, 40, 100, 1300),
+    ),
     say("All done.", charge=Charge(7, 30, 0, 1400)),
 )
 
@@ -60,33 +63,24 @@ EDITS = steps(
 def agent_config(**fields: Any) -> AgentConfig:
     env = {"CLAUDE_CODE_MAX_RETRIES": "1", **fields.pop("env", {})}
     return AgentConfig.model_validate(
-        {"kind": "claude_code", "claude_binary": CLAUDE, "timeout_seconds": 60, "env": env, **fields}
+        {
+            "kind": "claude_code",
+            "claude_binary": CLAUDE,
+            "timeout_seconds": 60,
+            "env": env,
+            **fields,
+        }
     )
 
 
 @asynccontextmanager
 async def serving(
     tmp_path: Path, script: Script, config: AgentConfig, **server_fields: Any
-) -> AsyncIterator[tuple[MessagesServer, Bench]]:
+) -> AsyncGenerator[tuple[MessagesServer, Bench], None]:
     async with MessagesServer(script=script, key=CANARY, **server_fields) as server:
         environ = {"ANTHROPIC_API_KEY": CANARY, "ANTHROPIC_BASE_URL": server.url}
         async with bench(tmp_path, ClaudeCodeAgent(), config, environ) as made:
             yield server, made
-
-
-def cost(entries: list[LedgerEntry]) -> float:
-    total = 0.0
-    for entry in entries:
-        if entry.charge is not None:
-            charge = entry.charge
-            tokens = Tokens(
-                charge.input_tokens,
-                charge.output_tokens,
-                charge.cache_creation_input_tokens,
-                charge.cache_read_input_tokens,
-            )
-            total += PRICES[entry.model].cost_usd(tokens)
-    return total
 
 
 @needs_claude
@@ -156,7 +150,9 @@ async def test_hostile_settings_of_the_repository_change_nothing(tmp_path: Path)
     servers = {"mcpServers": {"evil": {"command": "touch", "args": ["/tmp/ran"]}}}
     config = agent_config()
     async with serving(tmp_path, EDITS, config) as (server, made):
-        await made.sandbox.write("/home/user/workspace/.claude/settings.json", json.dumps(evil).encode())
+        await made.sandbox.write(
+            "/home/user/workspace/.claude/settings.json", json.dumps(evil).encode()
+        )
         await made.sandbox.write("/home/user/workspace/.mcp.json", json.dumps(servers).encode())
         await made.sandbox.write("/home/user/workspace/CLAUDE.md", b"Marker of the memory: 8c1f.")
         result = await ClaudeCodeAgent().run(made.sandbox, await made.task(config), Listener())
@@ -265,7 +261,7 @@ async def test_reattached_agent_does_not_run_the_prompt_again(tmp_path: Path) ->
     async with serving(tmp_path, script, config) as (server, made):
         task = await made.task(config)
         first = asyncio.create_task(ClaudeCodeAgent().run(made.sandbox, task, Listener()))
-        while not server.answers:
+        while not server.answers:  # noqa: ASYNC110 (the server is no subject of the test)
             await asyncio.sleep(0.05)
         await asyncio.sleep(1)
         first.cancel()
@@ -317,7 +313,7 @@ async def test_without_shared_folder_the_key_goes_by_environment(tmp_path: Path)
         environ = {"ANTHROPIC_AUTH_TOKEN": CANARY, "ANTHROPIC_BASE_URL": server.url}
         async with bench(tmp_path, ClaudeCodeAgent(), config, environ, network="full") as made:
             task = await made.task(config)
-            task = type(task)(**{**vars(task), "exchange_dir": None, "network": "full"})
+            task = replace(task, exchange_dir=None, network="full")
             listener = Listener()
             result = await ClaudeCodeAgent().run(made.sandbox, task, listener)
             assert result.outcome is Outcome.SUCCESS, result
@@ -343,7 +339,7 @@ RESULT = {"type": "result", "subtype": "success", "is_error": False, "result": "
     ("script", "failure_class", "words"),
     [
         ("exit 0", FailureClass.BAD_RESULT, "without a result"),
-        ("echo '{\"type\": \"result\", \"subty'", FailureClass.BAD_RESULT, "without a result"),
+        ('echo \'{"type": "result", "subty\'', FailureClass.BAD_RESULT, "without a result"),
         ("echo '[[[[['; exit 1", FailureClass.BAD_RESULT, "code 1"),
         ("echo unknown option >&2; exit 1", FailureClass.AGENT_FAILED, "unknown option"),
         ("kill -9 $$", FailureClass.AGENT_FAILED, "signal 9"),
@@ -375,7 +371,7 @@ def test_missing_key_is_refused_by_name() -> None:
 
 def test_missing_claude_code_is_refused_with_the_remedy() -> None:
     environ = {"PATH": "/nonexistent", "ANTHROPIC_API_KEY": CANARY}
-    config = AgentConfig(kind="claude_code")
+    config = AgentConfig.model_validate({"kind": "claude_code"})
     with pytest.raises(ConfigError, match="npm install -g @anthropic-ai/claude-code"):
         ClaudeCodeAgent().validate(config, environ)
     ClaudeCodeAgent().validate(config, environ, provider="e2b")
@@ -389,7 +385,7 @@ def test_old_claude_code_is_refused(tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("no C compiler to make a program that says an old version")
     subprocess.run([compiler, "-o", program, source], check=True)
-    config = AgentConfig(kind="claude_code", claude_binary=str(program))
+    config = AgentConfig.model_validate({"kind": "claude_code", "claude_binary": str(program)})
     with pytest.raises(ConfigError, match=r"1\.0\.3 is too old.*claude update"):
         ClaudeCodeAgent().validate(config, {"ANTHROPIC_API_KEY": CANARY})
 
@@ -408,7 +404,7 @@ def test_npm_stub_leads_to_the_program_beside_it(tmp_path: Path) -> None:
 
 
 def test_wrong_base_url_is_refused() -> None:
-    config = AgentConfig(kind="claude_code")
+    config = AgentConfig.model_validate({"kind": "claude_code"})
     with pytest.raises(ConfigError, match="ANTHROPIC_BASE_URL: expected http"):
         ClaudeCodeAgent().validate(
             config, {"ANTHROPIC_API_KEY": CANARY, "ANTHROPIC_BASE_URL": "ftp://x"}, provider="e2b"

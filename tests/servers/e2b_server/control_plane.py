@@ -60,6 +60,7 @@ class ControlPlane:
 
     async def create(self, request: Request) -> Response:
         body = await _json(request)
+        self._world.request_bodies.append(body)
         sandbox = await self._world.create(
             CreateRequest(
                 template=body.get("templateID", "base"),

@@ -120,6 +120,20 @@ class E2BServer:
         machine = self._call(lambda: self._world.find(sandbox_id).machine)
         return machine.process_count() if machine is not None else 0
 
+    @property
+    def request_bodies(self) -> list[dict[str, Any]]:
+        """What the create calls asked for, as it came."""
+        return list(self._world.request_bodies)
+
+    def stray_processes(self, mark: str) -> list[str]:
+        """Processes of this machine with this text on their command line."""
+        found: list[str] = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                line = path.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+                found += [line] if mark in line else []
+        return found
+
     def _call(self, function: Callable[[], T]) -> T:
         async def call() -> T:
             return function()

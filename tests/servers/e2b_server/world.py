@@ -65,6 +65,7 @@ class CloudSandbox:
     ends: float
     state: str = "running"
     timer: asyncio.TimerHandle | None = None
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
     baseline: list[tuple[float, float, int]] = field(default_factory=list[tuple[float, float, int]])
 
 
@@ -91,6 +92,7 @@ class World:
         self.ledger = ledger
         self.templates = set(templates)
         self._root = root
+        self.request_bodies: list[dict[str, Any]] = []
         self._keys: dict[str, str] = {}
         self._creates: list[float] = []
         self._tasks: set[asyncio.Task[bool]] = set()
@@ -99,15 +101,20 @@ class World:
         """Boot a sandbox, or find the one that was created with the same key."""
         known = self.sandboxes.get(self._keys.get(request.idempotency_key or "", ""))
         if known is not None and self.limits.idempotency:
+            await known.ready.wait()
             return known
         self._admit(request)
         sandbox_id = f"i{secrets.token_hex(9)}"
-        root = self._root / sandbox_id
-        machine = Machine(root, network=request.internet is not False and not request.network)
-        if (snapshot := self._root / "snapshots" / request.template).is_dir():
-            await asyncio.to_thread(shutil.copytree, snapshot, machine.home, symlinks=True)
+        machine = Machine(
+            self._root / sandbox_id, network=request.internet is not False and not _limited(request)
+        )
         sandbox = self._register(request, sandbox_id, machine)
-        await machine.start()
+        try:
+            if (snapshot := self._root / "snapshots" / request.template).is_dir():
+                await asyncio.to_thread(shutil.copytree, snapshot, machine.home, symlinks=True)
+            await machine.start()
+        finally:
+            sandbox.ready.set()
         return sandbox
 
     def add_row(self, metadata: Mapping[str, str], *, ttl_seconds: float = 3600) -> str:
@@ -225,3 +232,7 @@ def _network_name(request: CreateRequest) -> str:
     allowed = ",".join(request.network.get("allowOut") or [])
     denied = ",".join(request.network.get("denyOut") or [])
     return f"allow {allowed} deny {denied}" if allowed or denied else "full"
+
+
+def _limited(request: CreateRequest) -> bool:
+    return bool(request.network.get("allowOut") or request.network.get("denyOut"))

@@ -67,17 +67,22 @@ class Fault:
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer of the model."""
+    """One answer of the model.
+
+    Attributes:
+        stop: the stop reason; None: what follows from the tools.
+    """
 
     text: str = ""
     tools: Sequence[ToolCall] = ()
     charge: Charge = field(default_factory=Charge)
     fault: Fault | None = None
+    stop: str | None = None
 
     @property
     def stop_reason(self) -> str:
         """As the API names it."""
-        return "tool_use" if self.tools else "end_turn"
+        return self.stop or ("tool_use" if self.tools else "end_turn")
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class MessagesServer:
         )
         self._server = uvicorn.Server(config)
         self._serving = asyncio.create_task(self._server.serve([listener]))
-        while not self._server.started:
+        while not self._server.started:  # noqa: ASYNC110 (uvicorn tells it in no other way)
             await asyncio.sleep(0.005)
         return self
 
@@ -254,12 +254,12 @@ async def _stream(message: Mapping[str, Any], charge: Charge, fault: Fault) -> A
 
 
 def _events(message: Mapping[str, Any], charge: Charge) -> list[dict[str, Any]]:
-    start = {**message, "content": [], "stop_reason": None}
+    start: dict[str, Any] = {**message, "content": [], "stop_reason": None}
     start["usage"] = {**vars(charge), "output_tokens": 1}
     events: list[dict[str, Any]] = [{"type": "message_start", "message": start}]
     for index, block in enumerate(message["content"]):
         if block["type"] == "text":
-            empty = {**block, "text": ""}
+            empty: dict[str, Any] = {**block, "text": ""}
             delta = {"type": "text_delta", "text": block["text"]}
         else:
             empty = {**block, "input": {}}

@@ -1,0 +1,5 @@
+"""`python -m sandbox_pipeline`."""
+
+from sandbox_pipeline.cli import main
+
+main()

@@ -1,0 +1,481 @@
+"""The `anthropic` agent: a tool loop on this machine whose tools work in the sandbox.
+
+The key never leaves this machine, and the sandbox needs no network. After every answer of the
+model and every tool the conversation is saved inside the sandbox, so that a run which was cut
+off goes on from there: no answer is paid for twice and no command run twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import importlib.util
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from sandbox_pipeline.agents.base import Reporter, Task
+from sandbox_pipeline.agents.claude_stream import bounded_input
+from sandbox_pipeline.agents.detached import folder_of
+from sandbox_pipeline.agents.key_proxy import Credential, base_url, find_credential
+from sandbox_pipeline.agents.metering import Meter
+from sandbox_pipeline.agents.models import prices_from_environ, resolve_model
+from sandbox_pipeline.agents.sandbox_tools import TOOLS, SandboxTools, ToolAnswer
+from sandbox_pipeline.agents.transcript import TranscriptWriter
+from sandbox_pipeline.agents.usage import MessageUsage, as_list, as_mapping, parse_object
+from sandbox_pipeline.config import AgentConfig
+from sandbox_pipeline.errors import AgentError, ConfigError, FailureClass
+from sandbox_pipeline.records import AgentResult, Outcome
+from sandbox_pipeline.sandboxes.base import WORKSPACE, Network, Sandbox
+
+if TYPE_CHECKING:
+    import anthropic
+
+SDK_VARIABLES = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
+MAX_ANSWER_TOKENS = 32_000
+MAX_CONVERSATION_BYTES = 100_000_000
+ANSWER_SECONDS = 600.0
+TRIES = 6
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 60.0
+SYSTEM = f"""\
+You work alone on a software task in a sandbox. The git repository is in {WORKSPACE}; change its \
+files there, don't commit. Nobody can answer questions: decide, do the work, check it, and end \
+with one short paragraph on what you changed."""
+INTERRUPTED = (
+    "Interrupted: this was started once, and whether it came to its end is not known. Check before "
+    "you do it again."
+)
+CUT_OFF = "This answer was too long and was cut off before its tools ran. Use smaller steps."
+
+
+class AnthropicAgent:
+    """Asks the model, runs the tools it wants, until it wants none."""
+
+    kind = "anthropic"
+    network: Network = "none"
+
+    def validate(self, config: AgentConfig, environ: Mapping[str, str]) -> None:
+        """See `Agent.validate`."""
+        if importlib.util.find_spec("anthropic") is None:
+            msg = "agent.kind: 'anthropic' needs the package anthropic: pip install anthropic"
+            raise ConfigError(msg)
+        find_credential(environ, SDK_VARIABLES)
+        base_url(environ)
+        prices_from_environ(environ)
+
+    def mounts(self, config: AgentConfig, environ: Mapping[str, str]) -> Mapping[str, str]:
+        """See `Agent.mounts`."""
+        return {}
+
+    async def run(self, sandbox: Sandbox, task: Task, reporter: Reporter) -> AgentResult:
+        """See `Agent.run`."""
+        meter = Meter(prices_from_environ(task.environ), task.config.max_budget_usd, None)
+        credential = find_credential(task.environ, SDK_VARIABLES)
+        conversation = await _Conversation.load(sandbox, task, credential, meter)
+        with TranscriptWriter(task.artifacts / "transcript.jsonl", task.redactor) as transcript:
+            _write_history(transcript, task, conversation)
+            async with _client(task, credential) as client:
+                loop = _Loop(client, sandbox, task, reporter, conversation, transcript)
+                result = await loop.run()
+            result = result.model_copy(
+                update={
+                    "message": task.redactor.text(result.message)[:2000],
+                    "secret_leak": transcript.leaked,
+                }
+            )
+            data = {"outcome": result.outcome.value, "usage": result.usage.model_dump()}
+            transcript.add("result", result.message, data=data)
+        return result
+
+
+class _ApiError(Exception):
+    """The model API's refusal, for people."""
+
+
+@dataclass
+class _Conversation:
+    """What was said, with what it cost and how long it took.
+
+    It is saved where the agent's commands can write, so it carries a keyed digest.
+    """
+
+    sandbox: Sandbox
+    folder: str
+    secret: bytes
+    meter: Meter
+    messages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    seconds_before: float = 0.0
+    stop_reason: str = ""
+    began: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    async def load(
+        cls, sandbox: Sandbox, task: Task, credential: Credential, meter: Meter
+    ) -> _Conversation:
+        """The saved conversation, or a new one."""
+        folder = folder_of(f"agent-{task.attempt}")
+        scope = f"{sandbox.sandbox_id}/{task.workflow_id}/{task.fork_num}/{task.attempt}"
+        secret = f"{credential.value}\0{scope}".encode()
+        conversation = cls(sandbox, folder, secret, meter)
+        try:
+            data = await sandbox.read(conversation.path, max_bytes=MAX_CONVERSATION_BYTES)
+        except FileNotFoundError:
+            first = {"role": "user", "content": [{"type": "text", "text": task.prompt}]}
+            conversation.messages.append(first)
+            await conversation.save()
+            return conversation
+        conversation._take(data)
+        return conversation
+
+    @property
+    def path(self) -> str:
+        return f"{self.folder}/messages.json"
+
+    @property
+    def seconds(self) -> float:
+        """How long the agent worked, in all runs."""
+        return self.seconds_before + time.monotonic() - self.began
+
+    @property
+    def turns(self) -> int:
+        return sum(1 for message in self.messages if message["role"] == "assistant")
+
+    @property
+    def wanted_tools(self) -> list[Mapping[str, Any]]:
+        """Those of the latest answer that have no result yet."""
+        content: list[Mapping[str, Any]] = []
+        done: set[Any] = set()
+        for message in self.messages[-2:]:
+            if message["role"] == "assistant":
+                content = message["content"]
+            else:
+                done |= {block.get("tool_use_id") for block in message["content"]}
+        wanted = [block for block in content if block.get("type") == "tool_use"]
+        return [block for block in wanted if block["id"] not in done]
+
+    def add_answer(self, content: list[dict[str, Any]], stop_reason: str) -> None:
+        self.messages.append({"role": "assistant", "content": content})
+        self.stop_reason = stop_reason
+
+    def add_user(self, block: dict[str, Any]) -> None:
+        if self.messages[-1]["role"] == "assistant":
+            self.messages.append({"role": "user", "content": []})
+        self.messages[-1]["content"].append(block)
+
+    async def save(self) -> None:
+        """Keep it for a run that comes after a crash."""
+        said = json.dumps(
+            {
+                "messages": self.messages,
+                "stop_reason": self.stop_reason,
+                "seconds": self.seconds,
+                "sums": self.meter.dump(),
+            }
+        )
+        data = json.dumps({"digest": self._digest(said), "said": said}).encode()
+        await self.sandbox.write(self.path, data)
+
+    def _take(self, data: bytes) -> None:
+        outer = parse_object(data.decode("utf-8", "replace")) or {}
+        said, digest = outer.get("said"), outer.get("digest")
+        if (
+            not isinstance(said, str)
+            or not isinstance(digest, str)
+            or not hmac.compare_digest(digest.encode(), self._digest(said).encode())
+        ):
+            msg = "the saved conversation was changed in the sandbox, or the key since replaced"
+            raise AgentError(FailureClass.BAD_RESULT, msg)
+        saved = json.loads(said)
+        self.messages = saved["messages"]
+        self.stop_reason = saved["stop_reason"]
+        self.seconds_before = saved["seconds"]
+        self.meter.restore(saved["sums"])
+
+    def _digest(self, said: str) -> str:
+        return hmac.new(self.secret, said.encode(), hashlib.sha256).hexdigest()
+
+
+@dataclass
+class _Loop:
+    client: anthropic.AsyncAnthropic
+    sandbox: Sandbox
+    task: Task
+    reporter: Reporter
+    conversation: _Conversation
+    transcript: TranscriptWriter
+
+    async def run(self) -> AgentResult:
+        config = self.task.config
+        limit = asyncio.timeout(max(0, self._seconds_left()))
+        try:
+            async with limit:
+                return await self._turns()
+        except TimeoutError:
+            if not limit.expired():
+                raise
+        await self.conversation.save()
+        limit_said = f"agent.timeout_seconds ({config.timeout_seconds:g} s)"
+        message = f"the agent worked longer than {limit_said}"
+        return self._result(Outcome.TIMEOUT, message)
+
+    async def _turns(self) -> AgentResult:
+        conversation, config = self.conversation, self.task.config
+        while True:
+            if conversation.messages[-1]["role"] == "assistant" or conversation.wanted_tools:
+                ended = await self._act()
+                if ended is not None:
+                    return ended
+            if conversation.turns >= config.max_turns:
+                message = f"the agent used up agent.max_turns ({config.max_turns})"
+                return self._failed(message)
+            if conversation.meter.exhausted:
+                limit = f"agent.max_budget_usd ({config.max_budget_usd or 0:g} US dollars)"
+                message = f"the agent used up {limit}"
+                return self._result(Outcome.BUDGET_EXCEEDED, message)
+            try:
+                await self._ask()
+            except _ApiError as error:
+                return self._failed(str(error))
+
+    async def _act(self) -> AgentResult | None:
+        """Do what the latest answer wants; the result once it wants no more."""
+        conversation = self.conversation
+        reason = conversation.stop_reason
+        wanted = conversation.wanted_tools
+        if wanted:
+            for block in wanted:
+                await self._use(block, cut_off=reason == "max_tokens")
+            return None
+        if reason == "max_tokens":
+            conversation.add_user({"type": "text", "text": CUT_OFF})
+            return None
+        if reason == "pause_turn":
+            return None
+        said = _last_words(conversation.messages[-1])
+        if reason in {"refusal", "model_context_window_exceeded"}:
+            return self._failed(f"the model stopped: {reason}" + (f": {said}" if said else ""))
+        return self._result(Outcome.SUCCESS, said)
+
+    async def _use(self, block: Mapping[str, Any], *, cut_off: bool) -> None:
+        """Run one tool, unless it was begun before, and save its answer."""
+        conversation = self.conversation
+        name, tool_input = str(block["name"]), as_mapping(block.get("input"))
+        marker = hashlib.sha256(str(block["id"]).encode()).hexdigest()[:24]
+        begun = f"{conversation.folder}/tools/{marker}"
+        if cut_off:
+            answer = ToolAnswer(CUT_OFF, is_error=True)
+        elif await self._exists(begun):
+            answer = ToolAnswer(INTERRUPTED, is_error=True)
+        else:
+            await self._progress(name)
+            await self.sandbox.write(begun, b"")
+            tools = SandboxTools(self.sandbox, conversation.folder)
+            left = max(1.0, self._seconds_left())
+            answer = await tools.use(name, tool_input, timeout_seconds=left)
+        conversation.add_user(
+            {
+                "type": "tool_result",
+                "tool_use_id": block["id"],
+                "content": answer.text,
+                "is_error": answer.is_error,
+            }
+        )
+        _write_block(self.transcript, conversation.messages[-1]["content"][-1])
+        await conversation.save()
+
+    async def _exists(self, path: str) -> bool:
+        try:
+            await self.sandbox.read(path, max_bytes=1)
+        except FileNotFoundError:
+            return False
+        return True
+
+    async def _ask(self) -> None:
+        """Get one answer and save it, trying again where that may help."""
+        import anthropic
+        import httpx2
+
+        pause = FIRST_PAUSE_SECONDS
+        for attempt in range(1, TRIES + 1):
+            try:
+                await self._answer()
+                return
+            except anthropic.APIStatusError as error:
+                reason = _reason(error)
+                wait = max(pause, _retry_after(error))
+                last = not _passing(error) or wait > LONGEST_PAUSE_SECONDS
+            except (anthropic.APIConnectionError, httpx2.HTTPError) as error:
+                reason, wait, last = _unreachable(error), pause, False
+            except _BrokenOffError:
+                reason, wait, last = "the model API broke off its answer", pause, False
+            except anthropic.AnthropicError as error:
+                reason, wait, last = str(error)[:500], pause, True
+            reason = self.task.redactor.text(reason)
+            if last or attempt == TRIES:
+                raise _ApiError(reason)
+            payload = {"attempt": attempt, "reason": reason, "wait_seconds": wait}
+            await self.reporter.event("agent-retried", payload)
+            await asyncio.sleep(wait)
+            pause *= 2
+
+    async def _answer(self) -> None:
+        conversation, config = self.conversation, self.task.config
+        system = "\n\n".join(filter(None, (SYSTEM, config.append_system_prompt)))
+        usage = MessageUsage()
+        counted = False
+        try:
+            async with self.client.messages.stream(
+                model=resolve_model(self.task.model),
+                max_tokens=MAX_ANSWER_TOKENS,
+                system=system,
+                messages=cast("Any", conversation.messages),
+                tools=cast("Any", TOOLS),
+                cache_control={"type": "ephemeral"},
+            ) as stream:
+                async for event in stream:
+                    if event.type in {"message_start", "message_delta", "message_stop"}:
+                        usage.event(event.to_dict())
+                message = await stream.get_final_message()
+            if not usage.complete:
+                raise _BrokenOffError
+            counted = self._count(usage)
+        except asyncio.CancelledError:
+            # What was generated until now is charged all the same.
+            if not counted:
+                self._count(usage)
+            raise
+        blocks = map(as_mapping, as_list(message.to_dict().get("content")))
+        content = [_kept(block) for block in blocks if block.get("text") != ""]
+        conversation.add_answer(content, message.stop_reason or "end_turn")
+        await conversation.save()
+        for block in content:
+            _write_block(self.transcript, block)
+        await self._progress("")
+
+    def _count(self, usage: MessageUsage) -> bool:
+        if usage.tokens is not None:
+            self.conversation.meter.add_tokens(usage.model, usage.tokens)
+        return True
+
+    async def _progress(self, tool: str) -> None:
+        parts = [f"turn {self.conversation.turns}", *([tool] if tool else [])]
+        await self.reporter.progress(", ".join(parts), cost_usd=self.conversation.meter.cost_usd)
+
+    def _seconds_left(self) -> float:
+        return self.task.config.timeout_seconds - self.conversation.seconds
+
+    def _failed(self, message: str) -> AgentResult:
+        return self._result(Outcome.FAILED, message, FailureClass.AGENT_FAILED)
+
+    def _result(
+        self, outcome: Outcome, message: str, failure_class: FailureClass | None = None
+    ) -> AgentResult:
+        import anthropic
+
+        meter = self.conversation.meter
+        return AgentResult(
+            outcome=outcome,
+            failure_class=failure_class,
+            message=message,
+            model=meter.model,
+            agent_version=f"anthropic {anthropic.__version__}",
+            turns=self.conversation.turns,
+            usage=meter.usage,
+            cost_basis="unknown" if meter.cost_usd is None else "computed",
+        )
+
+
+class _BrokenOffError(Exception):
+    """The stream ended without saying that it is complete."""
+
+
+def _client(task: Task, credential: Credential) -> anthropic.AsyncAnthropic:
+    import anthropic
+
+    api_key = credential.value if credential.variable == "ANTHROPIC_API_KEY" else None
+    return anthropic.AsyncAnthropic(
+        api_key=api_key,
+        auth_token=None if api_key is not None else credential.value,
+        base_url=base_url(task.environ),
+        max_retries=0,
+        timeout=ANSWER_SECONDS,
+    )
+
+
+def _passing(error: anthropic.APIStatusError) -> bool:
+    """Whether a later try may succeed; an error inside a stream comes with status 200."""
+    return error.status_code in {200, 408, 409, 429} or error.status_code >= 500
+
+
+def _retry_after(error: anthropic.APIStatusError) -> float:
+    try:
+        return max(0.0, float(error.response.headers.get("retry-after", "")))
+    except ValueError:
+        return 0.0
+
+
+def _reason(error: anthropic.APIStatusError) -> str:
+    body = as_mapping(error.body)
+    detail = as_mapping(body.get("error")) or body
+    said = detail.get("message")
+    kind = detail.get("type")
+    text = said if isinstance(said, str) else error.message
+    status = "" if error.status_code == 200 else f"{error.status_code} "
+    named = f"{kind}: " if isinstance(kind, str) else ""
+    return f"model API: {status}{named}{' '.join(text.split())}"[:1000]
+
+
+def _unreachable(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return f"the model API can't be reached: {type(cause).__name__}"
+
+
+def _kept(block: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes back to the API of one block of an answer."""
+    fields = {
+        "text": ("text",),
+        "thinking": ("thinking", "signature"),
+        "redacted_thinking": ("data",),
+        "tool_use": ("id", "name", "input"),
+    }.get(str(block.get("type")))
+    if fields is None:
+        return {name: value for name, value in block.items() if value is not None}
+    return {"type": block["type"], **{name: block[name] for name in fields if name in block}}
+
+
+def _last_words(message: Mapping[str, Any]) -> str:
+    texts = [block["text"] for block in message["content"] if block.get("type") == "text"]
+    return "\n".join(texts)[-2000:]
+
+
+def _write_history(transcript: TranscriptWriter, task: Task, conversation: _Conversation) -> None:
+    transcript.add("prompt", task.prompt)
+    for message in conversation.messages[1:]:
+        for block in as_list(message["content"]):
+            _write_block(transcript, block)
+
+
+def _write_block(transcript: TranscriptWriter, block: Mapping[str, Any]) -> None:
+    kind = block.get("type")
+    if kind == "text":
+        transcript.add("text", str(block["text"]))
+    elif kind == "thinking":
+        transcript.add("thinking", str(block.get("thinking", "")))
+    elif kind == "tool_use":
+        transcript.add(
+            "tool_use",
+            name=str(block["name"]),
+            tool_use_id=str(block["id"]),
+            input=bounded_input(as_mapping(block.get("input"))),
+        )
+    elif kind == "tool_result":
+        transcript.add(
+            "tool_result",
+            str(block["content"]),
+            tool_use_id=str(block["tool_use_id"]),
+            is_error=bool(block.get("is_error")),
+        )

@@ -1,0 +1,95 @@
+"""The command line. Each command is a module, imported only when it runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from sandbox_pipeline import __version__
+from sandbox_pipeline.cli.exit_codes import BAD_CONFIGURATION, CANCELLED, EXIT_CODES, INTERNAL
+from sandbox_pipeline.errors import ConfigError, PipelineError
+
+COMMANDS = {
+    "run": "Run an orchestration here and watch it.",
+    "demo": "Run three forks on a small example repository.",
+    "show": "Show the forks of an orchestration, or one fork's transcript.",
+    "events": "Print the timeline of an orchestration.",
+    "export": "Write the metrics of all orchestrations to a file.",
+    "launch": "Submit a YAML file to a running webserver.",
+    "cancel": "Cancel a running orchestration and end its sandboxes.",
+    "reap": "End sandboxes that nobody owns any more.",
+    "doctor": "Check whether this machine can run a configuration.",
+    "ui": "Open Dagster's UI on the same instance.",
+}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return import_module(f"sandbox_pipeline.cli.{cmd_name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), text) for code, text in EXIT_CODES.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        return super().resolve_command(ctx, args)
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sandbox-pipeline")
+def cli() -> None:
+    """Give one prompt and one git repository to N isolated coding agents at once.
+
+    \b
+    Start here:
+      sandbox-pipeline demo
+      sandbox-pipeline run --repo . --prompt "Fix the failing test" --forks 3 \\
+          --command "my-agent {prompt_file}"
+    """
+
+
+def main() -> None:
+    """The console entry point: every expected error is one message and an exit code."""
+    level = os.environ.get("SANDBOX_PIPELINE_LOG_LEVEL", "WARNING").upper()
+    logging.basicConfig(
+        level=level if level in logging.getLevelNamesMapping() else "WARNING",
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        result: Any = cli.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(BAD_CONFIGURATION)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("cancelled", err=True)
+        sys.exit(CANCELLED)
+    except ConfigError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(BAD_CONFIGURATION)
+    except PipelineError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(INTERNAL)
+    except BrokenPipeError:
+        # The reader of our output, such as head, has enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(result if isinstance(result, int) else 0)

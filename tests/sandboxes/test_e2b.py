@@ -1,0 +1,317 @@
+"""The E2B provider over the wire of the real SDK: the contract, and what is its own."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sandbox_pipeline.config import SandboxConfig
+from sandbox_pipeline.errors import ConfigError, ErrorKind, ProviderError
+from sandbox_pipeline.sandboxes import e2b_command
+from sandbox_pipeline.sandboxes.base import HOME, Command, Sandbox, SandboxSpec
+from sandbox_pipeline.sandboxes.e2b import E2BProvider
+from tests.sandboxes.conformance import (
+    MakeSpec,
+    ProviderConformance,
+    assert_gone,
+    fresh_lease_id,
+    ids,
+    sample_metadata,
+    shell,
+    wait_until,
+)
+from tests.servers.e2b_server import API_KEY, E2BServer, Limits
+
+
+def spec_of(**changes: Any) -> SandboxSpec:
+    lease_id = changes.pop("lease_id", None) or fresh_lease_id()
+    spec = SandboxSpec(
+        lease_id=lease_id,
+        metadata=sample_metadata(lease_id),
+        ttl_seconds=120,
+        network="none",
+        config=SandboxConfig.model_validate({}),
+    )
+    return replace(spec, **changes)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[E2BServer]:
+    async with E2BServer() as running:
+        yield running
+
+
+@pytest.fixture
+def provider(server: E2BServer) -> E2BProvider:
+    return E2BProvider.from_environ(server.environ)
+
+
+@pytest.fixture
+def another_provider(server: E2BServer) -> E2BProvider:
+    return E2BProvider.from_environ(server.environ)
+
+
+@pytest.fixture
+def make_spec() -> MakeSpec:
+    return spec_of
+
+
+class TestConformance(ProviderConformance):
+    pass
+
+
+class TestCommands:
+    async def test_long_command_line_goes_by_file(self, provider: E2BProvider) -> None:
+        sandbox = await provider.create(spec_of())
+        words = ["word" * 250] * 200
+        expected = hashlib.sha256("".join(words).encode()).hexdigest()
+        result = await sandbox.run(
+            Command(["sh", "-c", 'printf %s "$@" | sha256sum', "sh", *words])
+        )
+        assert result.stdout.split()[0].decode() == expected
+        left = await shell(sandbox, "ls -A /tmp | grep -c -v '^[.]sandbox-pipeline[.]'")
+        assert left.stdout == b"0\n"
+
+    async def test_bytes_that_are_no_text_reach_the_command(self, provider: E2BProvider) -> None:
+        sandbox = await provider.create(spec_of())
+        word = b"\xff\xfe".decode("utf-8", "surrogateescape")
+        result = await sandbox.run(Command(["printf", "%s", word]))
+        assert result.stdout == b"\xff\xfe"
+
+    @pytest.mark.parametrize("argv", [[], ["echo", "a\0b"]])
+    async def test_impossible_command_line_is_a_failing_command(
+        self, provider: E2BProvider, argv: list[str]
+    ) -> None:
+        sandbox = await provider.create(spec_of())
+        result = await sandbox.run(Command(argv))
+        assert (result.exit_code, result.stdout) == (126, b"")
+
+    async def test_commands_environment_beats_the_login_shells(self, provider: E2BProvider) -> None:
+        sandbox = await provider.create(spec_of())
+        result = await sandbox.run(Command(["/usr/bin/env"], env={"PATH": "/opt/mine"}))
+        assert b"PATH=/opt/mine" in result.stdout.splitlines()
+
+    async def test_environment_is_not_on_a_command_line(self, provider: E2BProvider) -> None:
+        sandbox = await provider.create(spec_of())
+        script = "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"
+        result = await shell(sandbox, script, env={"CANARY": "canary-in-the-mine"})
+        assert b"tr" in result.stdout
+        assert b"canary-in-the-mine" not in result.stdout
+
+    async def test_no_variable_of_the_wrapper_is_seen(self, provider: E2BProvider) -> None:
+        sandbox = await provider.create(spec_of())
+        result = await sandbox.run(Command(["env"]))
+        assert e2b_command.JOB_VARIABLE.encode() not in result.stdout
+        assert b"_sp" not in result.stdout
+
+    async def test_noise_of_a_login_profile_is_no_output(self, provider: E2BProvider) -> None:
+        sandbox = await provider.create(spec_of())
+        await sandbox.write(f"{HOME}/.profile", b"echo welcome; echo motd >&2\n")
+        assert (await shell(sandbox, "echo mine")).stdout == b"mine\n"
+
+    async def test_profile_that_breaks_the_shell_fails_the_operation(
+        self, provider: E2BProvider
+    ) -> None:
+        sandbox = await provider.create(spec_of())
+        await sandbox.write(f"{HOME}/.profile", b"exit 0\n")
+        with pytest.raises(ProviderError) as caught:
+            await shell(sandbox, "echo mine")
+        assert caught.value.kind is ErrorKind.UNAVAILABLE
+
+    async def test_many_small_writes_are_all_kept(self, provider: E2BProvider) -> None:
+        sandbox = await provider.create(spec_of())
+        script = "for number in $(seq 100); do echo $number; sleep 0.001; done"
+        result = await shell(sandbox, script, max_output_bytes=1000)
+        assert result.stdout == b"".join(b"%d\n" % number for number in range(1, 101))
+        assert not result.truncated
+
+    async def test_interrupts_are_not_ignored(self, provider: E2BProvider) -> None:
+        sandbox = await provider.create(spec_of())
+        result = await shell(sandbox, "grep SigIgn /proc/self/status")
+        assert int(result.stdout.split()[1], 16) & 0b110 == 0
+
+    async def test_output_is_whole_while_its_pipe_is_held_open(self, provider: E2BProvider) -> None:
+        sandbox = await provider.create(spec_of())
+        script = "sleep 20 & head -c 3000000 /dev/zero; echo end"
+        for _ in range(3):
+            result = await shell(sandbox, script, max_output_bytes=4_000_000)
+            assert len(result.stdout) == 3_000_004
+            assert result.stdout.endswith(b"end\n")
+
+    async def test_background_process_that_writes_on_is_not_ended(
+        self, provider: E2BProvider
+    ) -> None:
+        sandbox = await provider.create(spec_of())
+        script = "(sleep 0.3; head -c 3000000 /dev/zero; echo >&2; touch $HOME/alive) & echo now"
+        assert (await shell(sandbox, script)).stdout == b"now\n"
+
+        async def alive() -> bool:
+            return (await shell(sandbox, "test -e $HOME/alive")).exit_code == 0
+
+        await wait_until(alive)
+
+    async def test_nothing_of_the_wrapper_stays(
+        self, server: E2BServer, provider: E2BProvider
+    ) -> None:
+        sandbox = await provider.create(spec_of())
+        before = server.process_count(sandbox.sandbox_id)
+        for _ in range(3):
+            await shell(sandbox, "echo; sleep 100", timeout_seconds=0.2)
+            await shell(sandbox, "head -c 100000 /dev/zero", max_output_bytes=10)
+
+        async def settled() -> bool:
+            return server.process_count(sandbox.sandbox_id) == before
+
+        await wait_until(settled)
+        left = await shell(sandbox, "ls -A /tmp | wc -l")
+        assert left.stdout.strip() == b"1", "its own only"
+
+    async def test_part_of_a_huge_file_is_read_without_the_rest(
+        self, provider: E2BProvider
+    ) -> None:
+        sandbox = await provider.create(spec_of())
+        await shell(sandbox, "truncate -s 5G big; printf end >> big")
+        assert await sandbox.read(f"{HOME}/big", offset=5 * 2**30 - 1) == b"\0end"
+
+    @pytest.mark.parametrize("make", ["mkdir it", "mkfifo it", "ln -s /dev/zero it"])
+    async def test_what_is_no_file_is_not_found(self, provider: E2BProvider, make: str) -> None:
+        sandbox = await provider.create(spec_of())
+        await shell(sandbox, make)
+        with pytest.raises(FileNotFoundError):
+            await sandbox.read(f"{HOME}/it")
+
+
+class TestSandboxes:
+    @pytest.mark.parametrize(
+        ("network", "told"),
+        [
+            ("none", "none"),
+            ("model_api", "allow api.anthropic.com deny 0.0.0.0/0"),
+            ("full", "full"),
+        ],
+    )
+    async def test_network_is_asked_for(
+        self, server: E2BServer, provider: E2BProvider, network: Any, told: str
+    ) -> None:
+        sandbox = await provider.create(spec_of(network=network))
+        assert [entry.network for entry in server.ledger.entries("created")] == [told]
+        assert server.request_bodies[-1]["network"]["allowPublicTraffic"] is False
+        assert server.request_bodies[-1]["autoPause"] is False
+        await provider.kill(sandbox.sandbox_id)
+
+    async def test_lease_is_the_idempotency_key(
+        self, server: E2BServer, provider: E2BProvider
+    ) -> None:
+        spec = spec_of(config=SandboxConfig.model_validate({"template": "base"}))
+        await provider.create(spec)
+        entry = server.ledger.entries("created")[0]
+        assert (entry.idempotency_key, entry.ttl_seconds) == (spec.lease_id, 120)
+        assert entry.metadata == spec.metadata
+
+    async def test_list_reads_all_pages(self, provider: E2BProvider, server: E2BServer) -> None:
+        rows = server.add_rows(250, {"app": "a b&c=d/ü", "lease_id": "x"})
+        server.add_rows(3, {"app": "another"})
+        assert await ids(provider, {"app": "a b&c=d/ü"}) == set(rows)
+
+    async def test_list_reads_small_pages(self) -> None:
+        async with E2BServer(limits=Limits(page_size=7)) as server:
+            provider = E2BProvider.from_environ(server.environ)
+            rows = server.add_rows(120, {"app": "many"})
+            assert await ids(provider, {"app": "many"}) == set(rows)
+            assert len(server.ledger.requests("GET", "/v2/sandboxes")) == 18
+
+    async def test_twenty_at_once(self, provider: E2BProvider, server: E2BServer) -> None:
+        made = await asyncio.gather(*(provider.create(spec_of()) for _ in range(20)))
+
+        async def use(sandbox: Sandbox, number: int) -> bytes:
+            await sandbox.write(f"{HOME}/number", str(number).encode())
+            return (await shell(sandbox, "cat number")).stdout
+
+        found = await asyncio.gather(*(use(sandbox, n) for n, sandbox in enumerate(made)))
+        assert found == [str(number).encode() for number in range(20)]
+        assert server.ledger.max_live() == 20
+        assert all(await asyncio.gather(*(provider.kill(one.sandbox_id) for one in made)))
+        assert server.ledger.live() == []
+
+    async def test_paused_sandbox_is_not_woken_up(
+        self, provider: E2BProvider, server: E2BServer
+    ) -> None:
+        sandbox = await provider.create(spec_of())
+        server.pause(sandbox.sandbox_id)
+        with pytest.raises(ProviderError) as caught:
+            await provider.connect(sandbox.sandbox_id)
+        assert caught.value.kind is ErrorKind.GONE
+        assert server.ledger.requests("POST", f"/v2/sandboxes/{sandbox.sandbox_id}/connect") == []
+        assert await ids(provider, {}) == {sandbox.sandbox_id}, "so that it can be killed"
+
+    async def test_extending_a_connected_sandbox_keeps_what_another_gave_it(
+        self, provider: E2BProvider, another_provider: E2BProvider
+    ) -> None:
+        sandbox = await provider.create(spec_of(ttl_seconds=1000))
+        same = await another_provider.connect(sandbox.sandbox_id)
+        await same.extend(10)
+        [info] = await provider.list({})
+        assert info.expires_at is not None
+        assert info.expires_at > time.time() + 900
+
+    async def test_vanished_sandbox_is_gone(self, provider: E2BProvider, server: E2BServer) -> None:
+        sandbox = await provider.create(spec_of())
+        running = asyncio.create_task(shell(sandbox, "sleep 60"))
+        await asyncio.sleep(0.3)
+        await asyncio.to_thread(server.vanish, sandbox.sandbox_id)
+        with pytest.raises(ProviderError) as caught:
+            await running
+        assert caught.value.kind is ErrorKind.GONE
+        await assert_gone(sandbox)
+
+    async def test_kill_ends_all_processes(self, provider: E2BProvider, server: E2BServer) -> None:
+        sandbox = await provider.create(spec_of())
+        await shell(sandbox, "setsid nohup sleep 12345.678 >/dev/null 2>&1 &")
+        await provider.kill(sandbox.sandbox_id)
+        assert server.stray_processes("12345.678") == []
+
+
+class TestSettings:
+    @pytest.mark.parametrize("environ", [{}, {"E2B_API_KEY": ""}])
+    def test_missing_key_is_named(self, environ: dict[str, str]) -> None:
+        with pytest.raises(ConfigError, match=r"E2B_API_KEY is not set: .*https://e2b\.dev"):
+            E2BProvider.from_environ(environ)
+
+    @pytest.mark.parametrize("key", [API_KEY + "\n", f" {API_KEY}", "e2b_a b", "e2b_\u200b"])
+    def test_malformed_key_is_refused_and_not_shown(self, key: str) -> None:
+        with pytest.raises(ConfigError, match="E2B_API_KEY") as caught:
+            E2BProvider.from_environ({"E2B_API_KEY": key})
+        assert key.strip() not in str(caught.value)
+
+    @pytest.mark.parametrize("value", ["true", "True", "1", "yes"])
+    def test_debug_is_refused(self, value: str) -> None:
+        with pytest.raises(ConfigError, match="E2B_DEBUG"):
+            E2BProvider.from_environ({"E2B_API_KEY": API_KEY, "E2B_DEBUG": value})
+
+    def test_debug_switched_off_is_fine(self) -> None:
+        E2BProvider.from_environ({"E2B_API_KEY": API_KEY, "E2B_DEBUG": "false"})
+
+    def test_key_is_in_no_representation(self) -> None:
+        provider = E2BProvider.from_environ({"E2B_API_KEY": API_KEY})
+        assert API_KEY not in repr(provider) + str(provider) + repr(vars(provider)["_client"])
+
+    async def test_check_accepts_a_key_and_a_template(self, provider: E2BProvider) -> None:
+        assert [finding.ok for finding in await provider.check()] == [True, True]
+
+    async def test_check_tells_a_missing_template(self, provider: E2BProvider) -> None:
+        findings = await provider.check("no-such")
+        assert [finding.ok for finding in findings] == [True, False]
+        assert "no-such" in findings[1].name
+
+    async def test_check_tells_a_wrong_key(self, server: E2BServer) -> None:
+        environ = {**server.environ, "E2B_API_KEY": "e2b_wrong"}
+        findings = await E2BProvider.from_environ(environ).check()
+        assert [(finding.name, finding.ok) for finding in findings] == [("E2B_API_KEY", False)]
+        assert "401" in findings[0].message
+        assert "e2b_wrong" not in findings[0].message
