@@ -9,6 +9,7 @@ import dagster as dg
 from sandbox_pipeline import demo
 from sandbox_pipeline.defs.build import build_orchestration
 from sandbox_pipeline.defs.orchestrations import load_orchestrations
+from sandbox_pipeline.defs.sensors import sandbox_reaper
 from sandbox_pipeline.settings import Settings
 
 
@@ -18,4 +19,5 @@ def defs() -> dg.Definitions:
     settings = Settings.from_environ(os.environ)
     main = build_orchestration(config=demo.CONFIG, executor=settings.executor)
     named = load_orchestrations(settings.orchestrations, settings.executor)
-    return dg.Definitions.merge(main, *named.definitions)
+    watch = dg.Definitions(sensors=[sandbox_reaper])
+    return dg.Definitions.merge(main, watch, *named.definitions)

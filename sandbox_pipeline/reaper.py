@@ -66,12 +66,14 @@ async def _why_not_needed(runtime: Runtime, lease: Lease) -> str | None:
     orchestration = await runtime.store.get(Orchestration, orchestration_key(lease.workflow_id))
     if orchestration is None:
         return "its orchestration is not in the store"
+    if orchestration.completed_at is not None:
+        return "its orchestration is over"
     if orchestration.owner is not None and not is_dead(orchestration.owner):
-        return "orchestration is complete" if orchestration.complete else None
+        return None
     if lease.fork_num is None:
         return "the base of an orchestration that nobody works on"
     fork = await runtime.store.get(Fork, fork_key(lease.workflow_id, lease.fork_num))
-    if orchestration.complete or fork is None or fork.outcome.is_terminal:
+    if fork is None or fork.outcome.is_terminal:
         return "its fork is over"
     if lease.state is not SandboxState.LIVE:
         return "it was being created or ended when its run died"

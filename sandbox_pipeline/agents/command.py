@@ -15,8 +15,6 @@ from sandbox_pipeline.errors import ConfigError, FailureClass
 from sandbox_pipeline.records import AgentResult, Outcome
 from sandbox_pipeline.sandboxes.base import WORKSPACE, Network, Sandbox
 
-LAST_LINES = 3
-
 
 class CommandAgent:
     """Runs `agent.command` in the workspace; exit code 0 is success."""
@@ -47,7 +45,7 @@ class CommandAgent:
             max_output_bytes=int(task.config.max_output_mb * 1e6),
             env=agent_env(task),
         )
-        last = deque[str](maxlen=LAST_LINES)
+        last = deque[str](maxlen=1)
         with TranscriptWriter(task.artifacts / "transcript.jsonl", task.redactor) as transcript:
             transcript.add("prompt", task.prompt)
 

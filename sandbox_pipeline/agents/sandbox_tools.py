@@ -185,7 +185,7 @@ def _text(tool_input: Mapping[str, Any], name: str, *, default: str | None = Non
     if not isinstance(value, str) or (name in {"path", "command"} and "\0" in value):
         msg = f"{name} must be a text"
         raise _WrongUseError(msg)
-    return value
+    return value.encode("utf-8", "replace").decode()
 
 
 def _decoded(data: bytes) -> str:

@@ -258,9 +258,25 @@ def parse_object(text: str) -> Mapping[str, Any] | None:
     """The JSON object that the text is; None where it is anything else."""
     try:
         value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:
+            value = _encodable(value)
     except (ValueError, RecursionError):
         return None
     return cast("Mapping[str, Any]", value) if isinstance(value, dict) else None
+
+
+def _encodable(value: Any) -> Any:
+    """The value without halves of surrogate pairs, which JSON can express and UTF-8 can't."""
+    match value:
+        case str():
+            return value.encode("utf-8", "replace").decode()
+        case list():
+            return [_encodable(item) for item in as_list(cast("object", value))]
+        case dict():
+            items = as_mapping(cast("object", value)).items()
+            return {_encodable(name): _encodable(item) for name, item in items}
+        case _:
+            return value
 
 
 def _lines(output: str) -> Iterator[Mapping[str, Any]]:

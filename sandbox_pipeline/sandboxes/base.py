@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
+from sandbox_pipeline.checks import Check
 from sandbox_pipeline.config import SandboxConfig
 
 Network = Literal["none", "model_api", "full"]
@@ -189,4 +190,13 @@ class SandboxProvider(Protocol):
 
     async def close(self) -> None:
         """Let go of connections; the sandboxes live on."""
+        ...
+
+
+@runtime_checkable
+class SelfChecking(Protocol):
+    """A provider that can say whether it would work here; optional."""
+
+    async def diagnose(self, config: SandboxConfig) -> Sequence[Check]:
+        """What `doctor` shows of it; never raises for what it finds."""
         ...

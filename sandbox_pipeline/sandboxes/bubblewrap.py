@@ -139,6 +139,7 @@ def sandbox_options(spec: SandboxSpec, folder: Path) -> list[str]:
     """Bubblewrap's options for one sandbox.
 
     Args:
+        spec: what to create.
         folder: the sandbox's own on the host, with `home` and `etc`.
 
     Raises:
@@ -181,6 +182,7 @@ def shown_paths(spec: SandboxSpec, home: Path) -> list[Mount]:
     """What of the host is shown inside, as `read_only_paths` and `mounts` say.
 
     Args:
+        spec: what to create.
         home: the sandbox's home on the host.
 
     Raises:
@@ -224,7 +226,7 @@ def _system_options(spec: SandboxSpec) -> list[str]:
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
         place = Path("/", name)
         if place.is_symlink():
-            options += ["--symlink", os.readlink(place), str(place)]
+            options += ["--symlink", str(place.readlink()), str(place)]
         elif place.is_dir():
             options += ["--ro-bind", str(place), str(place)]
     tmp_mb = min(TMP_MB, spec.config.disk_mb or TMP_MB, spec.config.memory_mb or TMP_MB)
@@ -254,7 +256,7 @@ def _try(program: Path) -> str | None:
 
 def _output(argv: Sequence[str]) -> tuple[int, str]:
     try:
-        done = subprocess.run(  # noqa: S603 (the program was found by us)
+        done = subprocess.run(
             argv,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -33,6 +33,8 @@ CONNECT_TTL_SECONDS = 15
 READY_SECONDS = 30.0
 READY_POLL_SECONDS = 0.25
 
+_FOLDERS = Command(["mkdir", "-p", WORKSPACE, STATE_DIR], timeout_seconds=READY_SECONDS)
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -126,11 +128,10 @@ class E2BProvider:
 
     async def _make_ready(self, sandbox: E2BSandbox) -> None:
         """Make the folders of the contract, which shows that it takes commands."""
-        folders = Command(["mkdir", "-p", WORKSPACE, STATE_DIR], timeout_seconds=READY_SECONDS)
         end = time.monotonic() + READY_SECONDS
         while True:
             try:
-                made = await sandbox.run(folders)
+                made = await sandbox.run(_FOLDERS)
             except ProviderError as error:
                 problem, final = str(error), not error.policy.retry
             else:
@@ -161,7 +162,10 @@ class E2BProvider:
             doing,
         )
         left = info.end_at.timestamp() - time.time()
-        return E2BSandbox(self._client, sdk, until=time.monotonic() + left)
+        sandbox = E2BSandbox(self._client, sdk, until=time.monotonic() + left)
+        # Whoever created it may not have come to that; if it fails, so will the caller's commands.
+        await sandbox.run(_FOLDERS)
+        return sandbox
 
     async def list(self, metadata: Mapping[str, str]) -> Sequence[SandboxInfo]:
         """All that exist and have these metadata, over all pages, paused ones included."""

@@ -13,13 +13,17 @@ from sandbox_pipeline.errors import ErrorKind, ProviderError
 from sandbox_pipeline.sandboxes import e2b_command
 from sandbox_pipeline.sandboxes.base import Command, CommandResult, Resources
 from sandbox_pipeline.sandboxes.e2b_client import E2BClient
-from sandbox_pipeline.sandboxes.e2b_errors import Call
+from sandbox_pipeline.sandboxes.e2b_errors import MAX_MESSAGE_CHARS, Call
 
 if TYPE_CHECKING:
     import e2b
 
 COMMAND_MARGIN_SECONDS = 30.0
 """Beyond a command's own deadline, which is kept inside the sandbox."""
+SLOWEST_BYTES_PER_SECOND = 250_000
+"""Data that moves slower than this counts as stuck."""
+USER = "user"
+"""Whose home is the contract's; a template may have another user by default."""
 MISSING_FILE = 44
 T = TypeVar("T")
 
@@ -56,12 +60,14 @@ class E2BSandbox:
             message = f"sandbox: {error}\n".encode()
             return CommandResult(e2b_command.NOT_EXECUTABLE, b"", message)
         for path, data in job.uploads.items():
-            await self._ask(self._upload(path, data), "hand over a command")
+            await self._upload(path, data, "hand over a command")
         seconds = command.timeout_seconds + COMMAND_MARGIN_SECONDS
+        seconds += 2 * command.max_output_bytes / SLOWEST_BYTES_PER_SECOND
         answer = await self._ask(
             self._sdk.commands.run(
                 e2b_command.LAUNCH,
                 envs={e2b_command.JOB_VARIABLE: job.variable},
+                user=USER,
                 cwd="/",
                 timeout=seconds,
             ),
@@ -94,17 +100,26 @@ class E2BSandbox:
     async def write(self, path: str, data: bytes) -> None:
         """Write a whole file under another name, then rename it."""
         partial = f"{path}.{secrets.token_hex(8)}.partial"
-        await self._ask(self._upload(partial, data), "write a file")
-        await self._ask(self._sdk.files.rename(partial, path), "write a file")
+        await self._upload(partial, data, "write a file")
+        await self._ask(self._sdk.files.rename(partial, path, user=USER), "write a file")
 
     async def extend(self, ttl_seconds: float) -> None:
         """Let it live for at least this long from now."""
         now = time.monotonic()
-        # E2B would shorten too, and tells the end by its own clock only, so what is known of the
-        # remaining life decides; without such knowledge the wanted life is the safe one.
-        seconds = math.ceil(max(ttl_seconds, self._until - now))
-        await self._ask(self._sdk.set_timeout(seconds), "extend a sandbox's life")
-        self._until = max(self._until, now + seconds)
+        # E2B would shorten too, and tells the end by its own clock only: the longer of the wanted
+        # life and of what is known of the present one is asked for, never nothing.
+        wanted = math.ceil(ttl_seconds)
+        seconds = max(wanted, math.ceil(self._until - now))
+        doing = "extend a sandbox's life"
+        try:
+            await self._ask(self._sdk.set_timeout(seconds), doing)
+        except ProviderError as error:
+            if error.kind is not ErrorKind.INVALID or seconds == wanted:
+                raise
+            # What was thought of its life is more than the account may have: clocks differ.
+            seconds = wanted
+            await self._ask(self._sdk.set_timeout(seconds), doing)
+        self._until = now + seconds
 
     async def resources(self) -> Resources:
         """Estimated from E2B's samples; the disk's figure includes the template."""
@@ -124,8 +139,12 @@ class E2BSandbox:
             disk_bytes=samples[-1].disk_used,
         )
 
-    async def _upload(self, path: str, data: bytes) -> None:
-        await self._sdk.files.write(path, data, use_octet_stream=True)
+    async def _upload(self, path: str, data: bytes, doing: str) -> None:
+        seconds = self._client.timeout_seconds + len(data) / SLOWEST_BYTES_PER_SECOND
+        upload = self._sdk.files.write(
+            path, data, user=USER, request_timeout=seconds, use_octet_stream=True
+        )
+        await self._ask(upload, doing, seconds=seconds)
 
     async def _ask(self, call: Awaitable[T], doing: str, *, seconds: float | None = None) -> T:
         try:
@@ -133,5 +152,6 @@ class E2BSandbox:
         except ProviderError as error:
             failure = error
         if failure.kind is ErrorKind.UNAVAILABLE and await self._client.is_gone(self.sandbox_id):
-            raise ProviderError(ErrorKind.GONE, f"sandbox {self.sandbox_id} is gone: {failure}")
+            msg = f"sandbox {self.sandbox_id} is gone: {failure}"
+            raise ProviderError(ErrorKind.GONE, msg[:MAX_MESSAGE_CHARS])
         raise failure

@@ -1,4 +1,4 @@
-"""What holds a local sandbox to its limits: control groups where they are writable, else rlimits."""
+"""What holds a local sandbox to its limits: control groups where writable, else rlimits."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sandbox_pipeline.sandboxes.base import Resources
 DEFAULT_MAX_PROCESSES = 4096
 MIB = 1 << 20
 CPU_PERIOD_US = 100_000
+CONTROLLERS = ("cpu", "cpuacct", "memory", "pids")
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,26 @@ class _Hierarchy:
     parent: Path
     version: int
 
+    def offers(self, controller: str) -> bool:
+        """Whether groups made here have this controller and processes may be put into them."""
+        if self.version == 2:
+            enabled = _read_text(self.parent / "cgroup.subtree_control").split()
+            if controller not in enabled:
+                return False
+        probe = self.parent / f"sandbox-pipeline-probe-{os.getpid()}"
+        try:
+            probe.mkdir()
+            probe.rmdir()
+        except OSError:
+            return False
+        return os.access(self.parent / "cgroup.procs", os.W_OK)
+
 
 def plan_limits(config: SandboxConfig, name: str) -> LimitPlan:
     """How to hold a sandbox to its limits here.
 
     Args:
+        config: what the limits are.
         name: of the sandbox's control groups, unique on this machine.
     """
     folders: dict[Path, None] = {}
@@ -69,7 +85,10 @@ def plan_limits(config: SandboxConfig, name: str) -> LimitPlan:
             continue
         folder = hierarchy.parent / name
         folders[folder] = None
-        values += [(folder / file, value) for file, value in wanted.get((controller, hierarchy.version), ())]
+        values += [
+            (folder / file, value)
+            for file, value in wanted.get((controller, hierarchy.version), ())
+        ]
     rlimits = [("CORE", 0)]
     if config.disk_mb is not None:
         rlimits.append(("FSIZE", config.disk_mb * MIB))
@@ -141,7 +160,9 @@ def limits_in_force() -> list[LimitStatus]:
         else:
             note = f"no control group with '{controller}' is writable for this user"
             statuses.append(LimitStatus(limit, "none", False, note))
-    note = "size of a single file at once, of the whole home at the next look (every second or more)"
+    note = (
+        "size of a single file at once, of the whole home at the next look (every second or more)"
+    )
     statuses.append(LimitStatus("disk_mb", "RLIMIT_FSIZE and supervisor", True, note))
     return statuses
 
@@ -151,26 +172,23 @@ def _hierarchies() -> dict[str, _Hierarchy]:
     """By controller, where this process can make control groups; tried once, for real."""
     found: dict[str, _Hierarchy] = {}
     mounts = _cgroup_mounts()
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    for line in lines:
+    for line in _read_text(Path("/proc/self/cgroup")).splitlines():
         _, names, own = line.split(":", 2)
         if not names:
-            for candidate in _v2_parents(mounts.get("", []), own):
-                enabled = _read_words(candidate / "cgroup.subtree_control")
-                for controller in ("cpu", "memory", "pids"):
-                    if controller in enabled and controller not in found and _works(candidate):
-                        found[controller] = _Hierarchy(candidate, 2)
-            continue
-        for controller in names.split(","):
-            if controller in ("cpu", "cpuacct", "memory", "pids"):
-                for mount in mounts.get(controller, []):
-                    parent = _below(mount, own)
-                    if parent is not None and _works(parent):
-                        found[controller] = _Hierarchy(parent, 1)
-                        break
+            places = [_Hierarchy(place, 2) for place in _v2_parents(mounts.get("", []), own)]
+            names = ",".join(CONTROLLERS)
+        else:
+            mounted = [mount for name in names.split(",") for mount in mounts.get(name, [])]
+            parents = [_below(mount, own) for mount in mounted]
+            places = [_Hierarchy(place, 1) for place in parents if place is not None]
+        for place in places:
+            for controller in names.split(","):
+                if (
+                    controller not in found
+                    and controller in CONTROLLERS
+                    and place.offers(controller)
+                ):
+                    found[controller] = place
     return found
 
 
@@ -193,11 +211,7 @@ def _below(mount: tuple[str, Path], group: str) -> Path | None:
 def _cgroup_mounts() -> dict[str, list[tuple[str, Path]]]:
     """By controller (v2: the empty name), the group that is mounted and where."""
     mounts: dict[str, list[tuple[str, Path]]] = {}
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    for line in lines:
+    for line in _read_text(Path("/proc/self/mountinfo")).splitlines():
         before, _, after = line.partition(" - ")
         fields, kind = before.split(), after.split()
         if len(kind) < 3 or len(fields) < 5:
@@ -211,16 +225,6 @@ def _cgroup_mounts() -> dict[str, list[tuple[str, Path]]]:
     return mounts
 
 
-def _works(parent: Path) -> bool:
-    probe = parent / f"sandbox-pipeline-probe-{os.getpid()}"
-    try:
-        probe.mkdir()
-        probe.rmdir()
-    except OSError:
-        return False
-    return os.access(parent / "cgroup.procs", os.W_OK)
-
-
 def _read_int(path: Path) -> int | None:
     try:
         return int(path.read_text(encoding="ascii"))
@@ -228,8 +232,8 @@ def _read_int(path: Path) -> int | None:
         return None
 
 
-def _read_words(path: Path) -> list[str]:
+def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="ascii").split()
+        return path.read_text(encoding="utf-8")
     except OSError:
-        return []
+        return ""

@@ -1,8 +1,8 @@
 """Runs inside a local sandbox and does there what the host asks over one inherited socket.
 
 Started as `python3 -I -S shim.py LISTEN_FD [LIFELINE_FD]`; standard library only, Python >= 3.9,
-few imports, since every sandbox pays for them. Nothing inside can reach the socket by a path. Each connection
-carries one request and is served by a process of its own, so that no request can block another.
+few imports, since every sandbox pays for them. Nothing inside can reach the socket by a path. Each
+connection carries one request and is served by a process of its own, so that none blocks another.
 
 A message is a 4-byte length of a JSON header, an 8-byte length of a body (both big-endian), the
 header, the body. A request's header has `op`; an answer's has `error` where the request failed.
@@ -11,7 +11,7 @@ With a lifeline (no isolation), the shim ends all its descendants once the other
 which is when the supervisor died.
 """
 
-# ruff: noqa: PTH (pathlib doubles the start-up time)
+# ruff: noqa: PTH103, PTH104, PTH108, PTH118, PTH120, PTH123, PTH208 (pathlib is slow to import)
 from __future__ import annotations
 
 import contextlib
@@ -28,7 +28,10 @@ import time
 
 TYPE_CHECKING = False  # as type checkers know it; the module typing takes 3 ms to import
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from types import ModuleType
+    from typing import Any, NoReturn
+
+    Message = dict[str, Any]
 
 LENGTHS = struct.Struct(">IQ")
 CHUNK = 1 << 16
@@ -54,12 +57,12 @@ def main() -> None:
         lifeline = int(sys.argv[2])
         os.set_inheritable(lifeline, False)
         poll.register(lifeline, select.POLLIN)
-        become_subreaper()
+        _descendants().become_subreaper()
     signal.signal(signal.SIGCHLD, _reap)
     while True:
         ready = [fd for fd, _ in poll.poll()]
         if lifeline in ready:
-            kill_descendants()
+            _descendants().kill_descendants()
             return
         try:
             connection = listener.accept()[0]
@@ -69,57 +72,29 @@ def main() -> None:
         _serve_apart(connection, listener)
 
 
-def become_subreaper() -> None:
-    """Make orphaned descendants children of this process (Linux only; elsewhere nothing)."""
-    if not sys.platform.startswith("linux"):
-        return
-    import ctypes  # noqa: PLC0415 (costs 3 ms and is needed without isolation only)
+def _descendants() -> ModuleType:
+    """The module, which is there only where the package is: without isolation."""
+    sys.path.append(os.path.dirname(__file__))
+    import descendants
 
-    pr_set_child_subreaper = 36
-    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+    return descendants
 
 
-def kill_descendants(limit_seconds: float = 5.0) -> None:
-    """Kill and reap what descends from this process, again until nothing is left."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    end = time.monotonic() + limit_seconds
-    while time.monotonic() < end:
-        for pid in _descendants():
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            return
-        time.sleep(0.002)
+def _pids() -> list[str]:
+    try:
+        return [name for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:
+        return []
 
 
-def _descendants() -> list[int]:
-    parents = {pid: fields[1] for pid, fields in _processes()}
-    if not parents:
-        parents = _parents_by_ps()
-    found = [os.getpid()]
-    for pid in found:
-        found.extend(child for child, parent in parents.items() if parent == pid)
-    return found[1:]
-
-
-def _parents_by_ps() -> dict[int, int]:
-    with os.popen("/bin/ps -A -o pid=,ppid=") as listing:  # noqa: S605 (a constant)
-        rows = [line.split() for line in listing]
-    return {int(row[0]): int(row[1]) for row in rows if len(row) == 2}
-
-
-def _processes() -> list[tuple[int, tuple[str, int, int, int]]]:
-    """Process id and (state, parent, group, session) of all that can be seen in /proc."""
-    found: list[tuple[int, tuple[str, int, int, int]]] = []
-    with contextlib.suppress(OSError):
-        for name in os.listdir("/proc"):
-            if name.isdigit():
-                with contextlib.suppress(OSError, IndexError, ValueError):
-                    parts = _stat_fields(name)
-                    found.append((int(name), (parts[0], int(parts[1]), int(parts[2]), int(parts[3]))))
+def _session(leader: int) -> list[int]:
+    """The processes of a session that still run."""
+    found: list[int] = []
+    for pid in _pids():
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            state, _, _, session = _stat_fields(pid)[:4]
+            if int(session) == leader and state != "Z":
+                found.append(int(pid))
     return found
 
 
@@ -170,30 +145,23 @@ def _serve(connection: socket.socket, *, may_fork: bool) -> None:
 
 
 def _answer(
-    connection: socket.socket, request: dict[str, object], body_length: int, *, may_fork: bool
-) -> tuple[dict[str, object], bytes]:
+    connection: socket.socket, request: Message, body_length: int, *, may_fork: bool
+) -> tuple[Message, bytes]:
     op = request["op"]
     if op == "write":
-        _write(str(request["path"]), connection, body_length)
+        _write(request["path"], connection, body_length)
         return {}, b""
     body = _receive(connection, body_length)
     if op == "run":
         return _Run(connection, request, body).result(may_fork=may_fork)
     if op == "read":
-        return {}, _read(str(request["path"]), _integer(request["offset"]), _integer(request["max"]))
+        return {}, _read(request["path"], request["offset"], request["max"])
     if op == "resources":
         return {"cpu_seconds": _cpu_seconds()}, b""
     if op == "ping":
         return {}, b""
     message = f"unknown operation {op!r}"
     raise ValueError(message)
-
-
-def _integer(value: object) -> int:
-    if not isinstance(value, int):
-        message = f"{value!r} is not an integer"
-        raise TypeError(message)
-    return value
 
 
 def _receive(connection: socket.socket, length: int) -> bytes:
@@ -262,9 +230,9 @@ def _mode(path: str) -> int:
 def _cpu_seconds() -> float:
     """Processor time of all processes and of all that they waited for."""
     ticks = 0
-    for pid, _ in _processes():
+    for pid in _pids():
         with contextlib.suppress(OSError, IndexError, ValueError):
-            ticks += sum(map(int, _stat_fields(str(pid))[11:15]))
+            ticks += sum(map(int, _stat_fields(pid)[11:15]))
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
@@ -293,9 +261,7 @@ class _Stream:
 class _Run:
     """One command, from its start to the answer."""
 
-    def __init__(
-        self, connection: socket.socket, request: dict[str, object], stdin: bytes
-    ) -> None:
+    def __init__(self, connection: socket.socket, request: Message, stdin: bytes) -> None:
         self.connection = connection
         self.request = request
         self.stdin = memoryview(stdin)
@@ -303,9 +269,9 @@ class _Run:
         self.timed_out = False
         self.poll = select.poll()
 
-    def result(self, *, may_fork: bool) -> tuple[dict[str, object], bytes]:
+    def result(self, *, may_fork: bool) -> tuple[Message, bytes]:
         """Run it and say what came of it."""
-        limit = _integer(self.request["max_output"])
+        limit: int = self.request["max_output"]
         self.streams = {stream.read_fd: stream for stream in (_Stream(limit), _Stream(limit))}
         out, err = self.streams.values()
         if may_fork:
@@ -317,7 +283,7 @@ class _Run:
                 self._follow()
         else:
             self._refuse(err, "Resource temporarily unavailable")
-        header: dict[str, object] = {
+        header: Message = {
             "exit_code": EXIT_TIMED_OUT if self.timed_out else self.exit_code,
             "timed_out": self.timed_out,
             "truncated": out.truncated or err.truncated,
@@ -330,7 +296,7 @@ class _Run:
         err.kept += f"sandbox: cannot start a process: {reason}\n".encode()[: err.limit]
 
     def _start(self, out: _Stream, err: _Stream) -> None:
-        self.deadline = time.monotonic() + float(str(self.request["timeout"]))
+        self.deadline = time.monotonic() + float(self.request["timeout"])
         self.wake_fd, wake = os.pipe()
         for fd in (self.wake_fd, wake):
             os.set_blocking(fd, False)
@@ -412,11 +378,7 @@ class _Run:
         while True:
             with contextlib.suppress(OSError):
                 os.killpg(self.pid, signal.SIGKILL)
-            left = [
-                pid
-                for pid, (state, _, _, session) in _processes()
-                if session == self.pid and state != "Z"
-            ]
+            left = _session(self.pid)
             for pid in left:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
@@ -427,7 +389,7 @@ class _Run:
             time.sleep(0.002)
 
 
-def _become(request: dict[str, object], fds: tuple[int, int, int]) -> NoReturn:
+def _become(request: Message, fds: tuple[int, int, int]) -> NoReturn:
     """Turn this new process into the command."""
     code = EXIT_NOT_EXECUTABLE
     try:
@@ -437,13 +399,10 @@ def _become(request: dict[str, object], fds: tuple[int, int, int]) -> NoReturn:
             signal.signal(number, signal.SIG_DFL)
         for target, fd in enumerate(fds):
             os.dup2(fd, target)
-        argv, env = request["argv"], request["env"]
-        if not isinstance(argv, list) or not isinstance(env, dict):
-            message = "argv must be a list and env a mapping"
-            raise TypeError(message)
-        os.chdir(str(request["cwd"]))
-        words: list[str] = [str(word) for word in argv]
-        os.execvpe(words[0], words, {**os.environ, **env})
+        os.chdir(request["cwd"])
+        argv: list[str] = request["argv"]
+        env: dict[str, str] = request["env"]
+        os.execvpe(argv[0], argv, {**os.environ, **env})  # noqa: S606 (that is the point)
     except OSError as error:
         code = EXIT_NOT_FOUND if error.errno in (errno.ENOENT, errno.ENOTDIR) else code
         os.write(2, f"sandbox: {error}\n".encode("utf-8", "surrogateescape"))

@@ -14,7 +14,7 @@ time in `deadline` passed (`deadline`), when its home is too large (`disk_limit`
 by itself (`exited`); then writes `ended.json` and, unless there is a file `keep`, removes the home.
 """
 
-# ruff: noqa: PTH (pathlib doubles the start-up time and knows no directory descriptors)
+# ruff: noqa: PTH103, PTH104, PTH106, PTH110, PTH120, PTH123 (pathlib is slow to import)
 from __future__ import annotations
 
 import contextlib
@@ -23,14 +23,21 @@ import os
 import resource
 import select
 import signal
-import stat
 import sys
 import time
 
 TYPE_CHECKING = False  # as type checkers know it; the module typing takes 3 ms to import
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Generator
     from typing import NoReturn
+if TYPE_CHECKING or __name__ != "__main__":
+    from sandbox_pipeline.sandboxes.descendants import become_subreaper, kill_descendants
+    from sandbox_pipeline.sandboxes.trees import TooDeepError, remove_tree, tree_bytes
+else:
+    # Started by its path: to import the package would cost more than all the rest.
+    sys.path.append(os.path.dirname(__file__))
+    from descendants import become_subreaper, kill_descendants
+    from trees import TooDeepError, remove_tree, tree_bytes
 
 ARGS_FD = 3
 LISTEN_FD = 4
@@ -39,7 +46,6 @@ FIRST_FREE_FD = 10
 LONGEST_SLEEP_SECONDS = 60.0
 KILL_SECONDS = 5.0
 STDERR_KEPT_BYTES = 4096
-DEEPEST = 256
 WALK_SHARE = 20
 FINAL = "0"
 """What `deadline` holds once it is decided that the sandbox ends."""
@@ -51,7 +57,7 @@ def boot_seconds() -> float:
 
 
 @contextlib.contextmanager
-def locked(folder: str) -> Iterator[None]:
+def locked(folder: str) -> Generator[None]:
     """Hold the folder against others that change its deadline."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -76,120 +82,6 @@ def write_text(path: str, text: str) -> None:
     with open(temporary, "x", encoding="utf-8") as file:
         file.write(text)
     os.rename(temporary, path)
-
-
-class TooDeepError(Exception):
-    """Folders are nested deeper than anything sane, so that their size can't be told."""
-
-
-def tree_bytes(path: str) -> int:
-    """Disk space that a tree takes: hard links once, links never followed.
-
-    Raises:
-        TooDeepError: it is nested deeper than `DEEPEST`.
-    """
-    total = 0
-    seen: set[int] = set()
-    stack: list[tuple[int, list[str]]] = []
-    try:
-        total += _enter(stack, path, seen)
-        while stack:
-            fd, folders = stack[-1]
-            if not folders:
-                stack.pop()
-                os.close(fd)
-                continue
-            if len(stack) > DEEPEST:
-                raise TooDeepError
-            with contextlib.suppress(OSError):
-                total += _enter(stack, folders.pop(), seen)
-    finally:
-        for fd, _ in stack:
-            os.close(fd)
-    return total
-
-
-def _enter(stack: list[tuple[int, list[str]]], name: str, seen: set[int]) -> int:
-    fd = _open_folder(name, stack[-1][0] if stack else None)
-    total = 0
-    folders: list[str] = []
-    stack.append((fd, folders))
-    with os.scandir(fd) as entries:
-        for entry in entries:
-            with contextlib.suppress(OSError):
-                found = entry.stat(follow_symlinks=False)
-                if stat.S_ISDIR(found.st_mode):
-                    folders.append(entry.name)
-                elif found.st_nlink > 1:
-                    if found.st_ino in seen:
-                        continue
-                    seen.add(found.st_ino)
-                total += found.st_blocks * 512
-    return total
-
-
-def _open_folder(name: str, parent: int | None) -> int:
-    flags = os.O_DIRECTORY | os.O_NOFOLLOW
-    try:
-        return os.open(name, flags | os.O_RDONLY, dir_fd=parent)
-    except PermissionError:
-        # What is in a folder that forbids itself to be read takes space all the same.
-        fd = os.open(name, flags | getattr(os, "O_PATH", os.O_RDONLY), dir_fd=parent)
-        try:
-            os.chmod(f"/proc/self/fd/{fd}", 0o700)
-        finally:
-            os.close(fd)
-        return os.open(name, flags | os.O_RDONLY, dir_fd=parent)
-
-
-def remove_tree(path: str) -> None:
-    """Remove what a sandbox left, whatever its depth and modes; nothing in it may run any more.
-
-    Folders are first moved up, beside each other, so that no path grows long.
-    """
-    try:
-        if not stat.S_ISDIR(os.lstat(path).st_mode):
-            os.unlink(path)
-            return
-        top = _open_folder(path, None)
-    except FileNotFoundError:
-        return
-    try:
-        prefix = f".removing-{os.urandom(8).hex()}"
-        folders = _clear(top, top, prefix, 0)
-        number = len(folders)
-        while folders:
-            name = folders.pop()
-            with contextlib.suppress(OSError):
-                fd = _open_folder(name, top)
-                try:
-                    found = _clear(fd, top, prefix, number)
-                finally:
-                    os.close(fd)
-                number += len(found)
-                folders += found
-                os.rmdir(name, dir_fd=top)
-    finally:
-        os.close(top)
-    os.rmdir(path)
-
-
-def _clear(fd: int, top: int, prefix: str, number: int) -> list[str]:
-    """Unlink a folder's files and move its folders to the top; their new names."""
-    moved: list[str] = []
-    with os.scandir(fd) as entries:
-        listed = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
-    for name, is_folder in listed:
-        if not is_folder:
-            os.unlink(name, dir_fd=fd)
-        elif fd == top:
-            moved.append(name)
-        else:
-            # A folder that may not be written can't be moved either.
-            os.chmod(name, 0o700, dir_fd=fd)
-            moved.append(f"{prefix}-{number + len(moved)}")
-            os.rename(name, moved[-1], src_dir_fd=fd, dst_dir_fd=top)
-    return moved
 
 
 class Supervisor:
@@ -260,7 +152,7 @@ class Supervisor:
         self.stderr_fd = stderr
         third, third_write = os.pipe()
         if self.direct:
-            _become_subreaper()
+            become_subreaper()
             third, third_write = third_write, third
         self.third_fd = third
         self.pid = os.fork()
@@ -293,7 +185,7 @@ class Supervisor:
                 os.dup2(fd, target)
             if self.direct:
                 os.setsid()
-            os.execve(self.argv[0], self.argv, self.env)
+            os.execve(self.argv[0], self.argv, self.env)  # noqa: S606 (that is the point)
         except OSError as error:
             os.write(2, f"{self.argv[0]}: {error}\n".encode())
         finally:
@@ -373,7 +265,7 @@ class Supervisor:
 
     def _kill(self) -> None:
         if self.direct:
-            _kill_descendants()
+            kill_descendants()
             return
         # With the first process of its namespace all others die, before bubblewrap sees its end.
         inner = self._inner_pid()
@@ -426,22 +318,6 @@ def _limit(name: str, value: int) -> None:
     if hard != resource.RLIM_INFINITY:
         value = min(value, hard)
     resource.setrlimit(number, (value, value))
-
-
-def _shim() -> tuple[Callable[[], None], Callable[[], None]]:
-    """The two functions that a sandbox without isolation needs, from the file beside this."""
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    import shim  # pyright: ignore[reportImplicitRelativeImport]  # noqa: PLC0415
-
-    return shim.become_subreaper, shim.kill_descendants
-
-
-def _become_subreaper() -> None:
-    _shim()[0]()
-
-
-def _kill_descendants() -> None:
-    _shim()[1]()
 
 
 def main() -> None:

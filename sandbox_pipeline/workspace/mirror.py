@@ -99,6 +99,19 @@ async def pin(
     return Base(commit, branch, bundle, shallow.read_bytes() if shallow.exists() else b"")
 
 
+async def read_branches(
+    source: Source, branch: str | None, folder: Path, environ: Mapping[str, str]
+) -> str:
+    """The branch that would be used; clones nothing.
+
+    Raises:
+        ConfigError: no such repository or branch, or nothing in it.
+        GitError: git failed otherwise.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    return await _choose_branch(_Git(source, folder, environ), source, branch)
+
+
 async def _choose_branch(git: _Git, source: Source, branch: str | None) -> str:
     listing = await git.run(
         ["ls-remote", "--symref", "--", source.url, "HEAD", "refs/heads/*"],

@@ -52,9 +52,7 @@ async def shell(sandbox: Sandbox, script: str, **options: Any) -> CommandResult:
     return await sandbox.run(Command(["sh", "-c", script], **options))
 
 
-async def wait_until(
-    condition: Callable[[], Awaitable[bool]], *, seconds: float = 10.0
-) -> None:
+async def wait_until(condition: Callable[[], Awaitable[bool]], *, seconds: float = 10.0) -> None:
     """Return once the condition holds; fail when it does not in time."""
     end = time.monotonic() + seconds
     while not await condition():

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from sandbox_pipeline.config import SandboxConfig
@@ -26,7 +30,7 @@ from tests.sandboxes.conformance import (
     shell,
     wait_until,
 )
-from tests.servers.e2b_server import API_KEY, E2BServer, Limits
+from tests.servers.e2b_server import API_KEY, E2BServer, Ledger, Limits
 
 
 def spec_of(**changes: Any) -> SandboxSpec:
@@ -260,6 +264,19 @@ class TestSandboxes:
         assert info.expires_at is not None
         assert info.expires_at > time.time() + 900
 
+    async def test_clocks_that_differ_do_not_stop_a_heartbeat(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with E2BServer(limits=Limits(max_ttl_seconds=3600)) as server:
+            provider = E2BProvider.from_environ(server.environ)
+            sandbox = await provider.create(spec_of())
+            with monkeypatch.context() as patch:
+                behind = time.time() - 7200
+                patch.setattr("sandbox_pipeline.sandboxes.e2b.time.time", lambda: behind)
+                same = await provider.connect(sandbox.sandbox_id)
+            await same.extend(600)
+            assert server.ledger.entries("extended")[-1].ttl_seconds == 600
+
     async def test_vanished_sandbox_is_gone(self, provider: E2BProvider, server: E2BServer) -> None:
         sandbox = await provider.create(spec_of())
         running = asyncio.create_task(shell(sandbox, "sleep 60"))
@@ -277,7 +294,38 @@ class TestSandboxes:
         assert server.stray_processes("12345.678") == []
 
 
+class TestServer:
+    async def test_runs_as_a_program_with_a_ledger_for_others(self, tmp_path: Path) -> None:
+        ledger_path = tmp_path / "ledger.jsonl"
+        program = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "tests.servers.e2b_server", "--ledger", str(ledger_path)),
+            stdout=asyncio.subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+        )
+        assert program.stdout is not None
+        lines = [(await program.stdout.readline()).decode().strip() for _ in range(3)]
+        environ = dict(line.split("=", 1) for line in lines)
+        provider = E2BProvider.from_environ(environ)
+        sandbox = await provider.create(spec_of())
+        async with httpx.AsyncClient(base_url=environ["E2B_API_URL"]) as admin:
+            rule = {"method": "DELETE", "path": "/sandboxes/.*", "status": 500}
+            assert (await admin.post("/admin/faults", json=[rule])).status_code == 204
+            with pytest.raises(ProviderError):
+                await provider.kill(sandbox.sandbox_id)
+            entries = (await admin.get("/admin/ledger")).json()
+            assert [it["kind"] for it in entries if it["sandbox_id"]] == ["created"]
+        assert Ledger.load(ledger_path).live() == [sandbox.sandbox_id]
+        program.terminate()
+        assert await asyncio.wait_for(program.wait(), 10) == 0
+        assert Ledger.load(ledger_path).live() == []
+
+
 class TestSettings:
+    def test_sdk_is_imported_only_when_used(self) -> None:
+        script = "import sys, sandbox_pipeline.sandboxes.e2b; sys.exit('e2b' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
     @pytest.mark.parametrize("environ", [{}, {"E2B_API_KEY": ""}])
     def test_missing_key_is_named(self, environ: dict[str, str]) -> None:
         with pytest.raises(ConfigError, match=r"E2B_API_KEY is not set: .*https://e2b\.dev"):

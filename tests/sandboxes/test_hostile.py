@@ -70,7 +70,14 @@ async def test_hosts_files_cannot_be_seen(sandbox: Sandbox, root: Path) -> None:
     secret = root.parent / "secret"
     secret.write_text("secret")
     places = [str(secret), str(root), str(Path(__file__)), str(Path.home()), "/root", "/etc/shadow"]
-    places += ["/etc/ssh", "/etc/ssl/private", "/sys", "/boot", "/proc/1/root/etc/shadow", "/oldroot"]
+    places += [
+        "/etc/ssh",
+        "/etc/ssl/private",
+        "/sys",
+        "/boot",
+        "/proc/1/root/etc/shadow",
+        "/oldroot",
+    ]
     places += [f"/proc/1/root{secret}", "/proc/kcore", "/dev/sda", "/dev/vda", "/dev/kmsg", "/srv"]
     script = 'for place; do cat "$place" >/dev/null 2>&1 || ls "$place"/* >/dev/null 2>&1 && echo "$place"; done'
     result = await sandbox.run(Command(["sh", "-c", script, "sh", *places]))
@@ -212,7 +219,9 @@ async def test_removal_follows_no_links(
     precious = root.parent / "precious"
     precious.mkdir()
     (precious / "file").write_text("")
-    await shell(sandbox, f"ln -s {precious} link; rm -rf $HOME/workspace; ln -s {precious} $HOME/workspace")
+    await shell(
+        sandbox, f"ln -s {precious} link; rm -rf $HOME/workspace; ln -s {precious} $HOME/workspace"
+    )
     await provider.kill(sandbox.sandbox_id)
     assert (precious / "file").exists()
 
@@ -314,9 +323,7 @@ async def test_killing_everything_inside_ends_the_sandbox(
         b'\0\0\0\x43\0\0\0\0\0\0\0\0{"exit_code":0,"stdout":-5,"timed_out":false,"truncated":false}    ',
     ],
 )
-async def test_nonsense_answers_are_ambiguous(
-    sandbox: Sandbox, root: Path, answer: bytes
-) -> None:
+async def test_nonsense_answers_are_ambiguous(sandbox: Sandbox, root: Path, answer: bytes) -> None:
     """What a program inside could answer in the shim's place is bounded and never believed."""
     place = root / sandbox.sandbox_id / "sock"
     place.unlink()

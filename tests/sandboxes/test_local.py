@@ -27,7 +27,9 @@ from sandbox_pipeline.sandboxes import supervisor
 from sandbox_pipeline.sandboxes.base import HOME, WORKSPACE, Command, Sandbox, SandboxSpec
 from sandbox_pipeline.sandboxes.bubblewrap import find_bwrap, probe_isolation
 from sandbox_pipeline.sandboxes.limits import limits_in_force
-from sandbox_pipeline.sandboxes.local import LocalProvider, LocalSandbox
+from sandbox_pipeline.sandboxes.local import LocalProvider
+from sandbox_pipeline.sandboxes.local_sandbox import LocalSandbox
+from sandbox_pipeline.sandboxes.trees import remove_tree, tree_bytes
 from tests.sandboxes.conformance import (
     MakeSpec,
     ProviderConformance,
@@ -427,7 +429,9 @@ class TestBubblewrapOnly(Shared):
         if python is None:
             pytest.skip("no interpreter that other users may run")
         package = Path(supervisor.__file__).parents[2]
-        paths = os.pathsep.join([str(package), *(path for path in sys.path if "site-packages" in path)])
+        paths = os.pathsep.join(
+            [str(package), *(path for path in sys.path if "site-packages" in path)]
+        )
         with tempfile.TemporaryDirectory(prefix="ordinary-") as folder:
             os.chown(folder, 65534, 65534)
             program = f"""
@@ -571,7 +575,7 @@ class TestTrees:
             os.close(fd)
             fd = deeper
         os.close(fd)
-        supervisor.remove_tree(str(top))
+        remove_tree(str(top))
         assert not top.exists()
         assert (outside / "file").exists()
 
@@ -581,7 +585,7 @@ class TestTrees:
         (folder / "file").write_bytes(bytes(100_000))
         os.link(folder / "file", folder / "deep" / "er" / "same")
         (folder / "deep" / "link").symlink_to("/usr")
-        assert 100_000 <= supervisor.tree_bytes(str(folder)) < 130_000
+        assert 100_000 <= tree_bytes(str(folder)) < 130_000
 
 
 async def test_sandbox_protocol_is_met(provider: LocalProvider) -> None:

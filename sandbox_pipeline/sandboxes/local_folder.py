@@ -12,21 +12,26 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Generator
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sandbox_pipeline.errors import ErrorKind, ProviderError
+from sandbox_pipeline.sandboxes.limits import remove_cgroups
 from sandbox_pipeline.sandboxes.supervisor import (
     boot_seconds,
     locked,
     read_text,
-    remove_tree,
     write_text,
 )
+from sandbox_pipeline.sandboxes.trees import remove_tree
 
 SANDBOX_ID = re.compile(r"local-[a-z0-9-]{1,63}")
+TRASH = ".removing-"
 LONGEST_SOCKET_PATH = 100
+KEEP_ENDED_SECONDS = 86_400.0
+KEEP_TRASH_SECONDS = 600.0
 STDERR_SHOWN = 500
 
 
@@ -166,8 +171,12 @@ class SandboxFolder:
         if fd is None:
             return
         try:
+            meta = self.meta()
+            if meta is not None:
+                # Those that a supervisor left behind that was killed.
+                remove_cgroups(tuple(map(Path, meta.cgroups)))
             # Out of sight first: whoever claims the name meanwhile makes a folder of its own.
-            trash = self.path.with_name(f".removing-{os.urandom(8).hex()}")
+            trash = self.path.with_name(f"{TRASH}{os.urandom(8).hex()}")
             with contextlib.suppress(OSError):
                 self.path.rename(trash)
                 remove_tree(str(trash))
@@ -207,7 +216,7 @@ class SandboxFolder:
         return connection
 
     @contextlib.contextmanager
-    def _short_path(self):  # noqa: ANN202
+    def _short_path(self) -> Generator[str]:
         """A path of `sock` that fits into a socket address (108 bytes on Linux)."""
         path = str(self.path / "sock")
         if len(os.fsencode(path)) <= LONGEST_SOCKET_PATH:
@@ -228,7 +237,7 @@ class SandboxFolder:
         try:
             fcntl.flock(fd, kind | fcntl.LOCK_NB)
             # Another may have removed the folder between the two calls.
-            if os.path.samestat(os.fstat(fd), os.stat(self.path / "lock")):
+            if os.path.samestat(os.fstat(fd), (self.path / "lock").stat()):
                 return fd
         except (BlockingIOError, FileNotFoundError):
             pass
@@ -239,6 +248,27 @@ class SandboxFolder:
         for entry in self.path.iterdir():
             if entry.name not in keep:
                 remove_tree(str(entry))
+
+
+def tidy(path: Path) -> None:
+    """Remove a folder of the root when it is left of a sandbox that is no more.
+
+    Why a sandbox ended, and a home that was to become a snapshot, are kept for a day.
+    """
+    age_of = [path / "ended.json", path / "keep"]
+    keep_seconds = KEEP_ENDED_SECONDS
+    if path.name.startswith(TRASH):
+        age_of, keep_seconds = [path], KEEP_TRASH_SECONDS
+    elif not SANDBOX_ID.fullmatch(path.name):
+        return
+    with contextlib.suppress(OSError):
+        ages = [time.time() - place.lstat().st_ctime for place in age_of if place.exists()]
+        if ages and min(ages) < keep_seconds:
+            return
+        if path.name.startswith(TRASH):
+            remove_tree(str(path))
+        elif path.is_dir() and not path.is_symlink():
+            SandboxFolder(path).remove()
 
 
 def copy_command(source: Path, target: Path) -> list[str]:

@@ -1,0 +1,48 @@
+# Two commands: `make demo` and `make test`. Everything goes to .venv; nothing else is installed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONSTRAINTS := .ci/constraints.txt
+
+export DAGSTER_HOME ?= $(CURDIR)/.dagster_home
+
+.PHONY: demo test check ui bench clean help
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@if command -v uv >/dev/null 2>&1; then \
+		uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
+		uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS) --editable '.[dev]'; \
+	else \
+		$(PYTHON) -m venv $(VENV) && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'; \
+	fi
+	@touch $(STAMP)
+
+demo: $(STAMP) ## Run three forks on a small example repository
+	@$(BIN)/sandbox-pipeline demo
+
+test: $(STAMP) ## Run the tests
+	$(BIN)/python -m pytest -n auto
+
+check: $(STAMP) ## Lint, types, layers, definitions, docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/dg check defs
+	$(BIN)/dagster definitions validate -w workspace.yaml
+	$(BIN)/python docs/generate.py --check
+
+ui: $(STAMP) ## Open Dagster's UI on the same instance
+	@$(BIN)/sandbox-pipeline ui
+
+bench: $(STAMP) ## Measure the overhead of a fork
+	$(BIN)/python benchmarks/overhead.py
+
+clean: ## Remove what the targets made
+	rm -rf $(VENV) .dagster_home build dist *.egg-info

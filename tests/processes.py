@@ -1,0 +1,30 @@
+"""Counts sandboxes by the processes of the machine, not by what the product says."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from pathlib import Path
+
+import psutil
+
+
+def live_sandboxes(home: Path) -> list[str]:
+    """Ids of the local sandboxes of a deployment that have a supervisor process."""
+    found: set[str] = set()
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            line = " ".join(process.info["cmdline"] or [])
+            if "supervisor.py" in line and str(home) in line:
+                match = re.search(r"local-[a-z0-9-]+", line)
+                found.add(match[0] if match else line)
+    return sorted(found)
+
+
+def wait_until_gone(home: Path, seconds: float) -> list[str]:
+    """The sandboxes that are still alive after at most so long."""
+    deadline = time.monotonic() + seconds
+    while (alive := live_sandboxes(home)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return alive
