@@ -20,7 +20,7 @@ mutation Launch($params: ExecutionParams!) {
   launchRun(executionParams: $params) {
     __typename
     ... on LaunchRunSuccess { run { runId } }
-    ... on PythonError { message }
+    ... on PythonError { message causes { message } }
     ... on RunConfigValidationInvalid { errors { message } }
     ... on PipelineNotFoundError { message }
     ... on UnauthorizedError { message }
@@ -91,7 +91,9 @@ def launch(
         raise LaunchError(msg) from error
     if answer["__typename"] == "LaunchRunSuccess":
         return str(answer["run"]["runId"])
-    reasons = [item["message"] for item in answer.get("errors", [])] or [answer.get("message", "")]
+    # Where a chain of errors comes, the last one is ours, and the rest Dagster's wrapping.
+    said = answer.get("errors") or answer.get("causes", [])[-1:] or [answer]
+    reasons = [item.get("message", "") for item in said]
     msg = f"{url} refused: {answer['__typename']}: {'; '.join(map(str, reasons))[:1000]}"
     raise LaunchError(msg)
 

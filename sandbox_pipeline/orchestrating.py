@@ -114,18 +114,15 @@ async def begin(
     forks = [Fork(workflow_id=workflow_id, fork_num=n) for n in range(config.num_forks)]
     await runtime.store.create_missing(forks)
     done = sum(fork.outcome.is_terminal for fork in await runtime.store.forks(workflow_id))
-    event = Event(
-        name="orchestration-requested",
-        workflow_id=workflow_id,
-        time=time.time(),
-        payload={
-            "run_id": run_id,
-            "num_forks": config.num_forks,
-            "already_done": done,
-            "provider": orchestration.provider,
-            "base_commit": orchestration.base_commit,
-            "artifacts": orchestration.artifacts,
-        },
+    event = _event(
+        "orchestration-requested",
+        workflow_id,
+        run_id=run_id,
+        num_forks=config.num_forks,
+        already_done=done,
+        provider=orchestration.provider,
+        base_commit=orchestration.base_commit,
+        artifacts=orchestration.artifacts,
     )
     await runtime.store.append(event)
     announce(event)
@@ -159,16 +156,7 @@ async def complete(
         )
     forks = await store.forks(workflow_id)
     rows, summary = await write_metrics(runtime, orchestration, forks)
-    event = Event(
-        name="orchestration-completed",
-        workflow_id=workflow_id,
-        time=time.time(),
-        payload={
-            name: summary[name]
-            for name in ("num_forks", "succeeded", "failed", "timed_out", "cancelled", "cost_usd")
-        }
-        | {"sandboxes_alive": alive},
-    )
+    event = _completed_event(summary, alive)
     await store.append(event)
     announce(event)
     return Completed(orchestration, rows, summary, _run_error(orchestration, summary, lost))
@@ -224,9 +212,10 @@ async def cancel_now(runtime: Runtime, orchestration: Orchestration) -> None:
         orchestration.key,
         lambda it: it.evolve(complete=alive == 0, completed_at=it.completed_at or now()),
     )
-    await write_metrics(
+    _, summary = await write_metrics(
         runtime, orchestration, await runtime.store.forks(orchestration.workflow_id)
     )
+    await runtime.store.append(_completed_event(summary, alive))
 
 
 async def _open(
@@ -298,10 +287,15 @@ async def _mark_unfinished(
                 changes |= {"outcome": outcome, "failure_class": failure_class, "message": message}
             if it.total_seconds is None and it.started_at is not None:
                 changes["total_seconds"] = now().seconds_since(it.started_at)
+            if it.agent_started_at is not None and it.timings.agent_seconds is None:
+                worked = now().seconds_since(it.agent_started_at)
+                changes["timings"] = it.timings.model_copy(update={"agent_seconds": worked})
             return it.evolve(**changes)
 
         count += not fork.outcome.is_terminal
-        await runtime.store.update(Fork, fork.key, ended)
+        final = outcome if not fork.outcome.is_terminal else fork.outcome
+        event = _event("fork-ended", fork.workflow_id, fork.fork_num, outcome=final.value)
+        await runtime.store.update(Fork, fork.key, ended, [event])
     return count
 
 
@@ -315,6 +309,16 @@ async def _end_all(runtime: Runtime, orchestration: Orchestration, *, note: str)
         except ProviderError as error:
             logger.warning("sandbox %s left to the reaper: %s", lease.key, error)
             return False
+        await runtime.store.append(
+            _event(
+                "sandbox-cleaned",
+                lease.workflow_id,
+                lease.fork_num,
+                ok=True,
+                sandbox_id=lease.sandbox_id,
+                reason=note,
+            )
+        )
         if lease.fork_num is not None and lease.live_at and gone.gone_at:
             await _add_sandbox_seconds(
                 runtime, lease, gone.gone_at.seconds_since(lease.live_at)
@@ -334,6 +338,22 @@ async def _add_sandbox_seconds(runtime: Runtime, lease: Lease, seconds: float) -
         )
 
     await runtime.store.update(Fork, fork_key(lease.workflow_id, lease.fork_num or 0), add)
+
+
+def _completed_event(summary: metrics.Row, alive: int) -> Event:
+    names = ("num_forks", "succeeded", "failed", "timed_out", "cancelled", "cost_usd")
+    return _event(
+        "orchestration-completed",
+        str(summary["workflow_id"]),
+        **{name: summary[name] for name in names},
+        sandboxes_alive=alive,
+    )
+
+
+def _event(name: str, workflow_id: str, fork_num: int | None = None, **payload: Any) -> Event:
+    return Event(
+        name=name, workflow_id=workflow_id, fork_num=fork_num, time=time.time(), payload=payload
+    )
 
 
 def _run_error(orchestration: Orchestration, summary: metrics.Row, lost: int) -> str | None:

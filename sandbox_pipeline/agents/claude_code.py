@@ -36,7 +36,7 @@ from sandbox_pipeline.agents.output import OutputLog
 from sandbox_pipeline.agents.transcript import TranscriptWriter
 from sandbox_pipeline.config import AgentConfig
 from sandbox_pipeline.errors import AgentError, ConfigError, FailureClass
-from sandbox_pipeline.records import AgentResult, Outcome
+from sandbox_pipeline.records import AgentResult, Outcome, Usage
 from sandbox_pipeline.sandboxes.base import WORKSPACE, Command, Network, Sandbox
 
 MOUNTED_BINARY = "/opt/claude-code/claude"
@@ -46,7 +46,6 @@ PROXIED_RETRIES = "10"
 """Claude Code's own number; takes about 3 minutes, in which a killed run can be resumed."""
 DIRECT_RETRIES = "3"
 """Without the proxy a wrong key is tried again as often, which a person waits for."""
-METER_FILE = "model_api_usage.json"
 LAST_LINES = 5
 
 
@@ -85,7 +84,7 @@ class ClaudeCodeAgent:
         meter = Meter(
             prices_from_environ(task.environ),
             task.config.max_budget_usd,
-            task.artifacts / METER_FILE if task.exchange_dir is not None else None,
+            task.artifacts / f"model_api_usage-{task.attempt}.json" if task.exchange_dir else None,
         )
         async with _proxy(sandbox, task, meter) as proxy:
             return await _run(sandbox, task, reporter, _Route(proxy, meter))
@@ -169,7 +168,8 @@ async def _run(sandbox: Sandbox, task: Task, reporter: Reporter, route: _Route) 
                 "secret_leak": log.leaked or transcript.leaked,
             }
         )
-        transcript.add("system", result.message, data={"outcome": result.outcome.value})
+        data = {"outcome": result.outcome.value, "metered": route.meter.usage.model_dump()}
+        transcript.add("system", result.message, data=data)
     return result
 
 
@@ -196,7 +196,7 @@ def _arguments(task: Task, *, partial: bool) -> list[str]:
     if partial:
         argv.append("--include-partial-messages")
     if config.max_budget_usd is not None:
-        argv += ["--max-budget-usd", f"{config.max_budget_usd:f}"]
+        argv += ["--max-budget-usd", f"{config.max_budget_usd:.9f}"]
     if config.append_system_prompt is not None:
         argv.append(f"--append-system-prompt={config.append_system_prompt}")
     if config.mcp_config is not None:
@@ -274,9 +274,11 @@ def _result(
         if said is None
         else _judged(said, finished, route, config)
     )
-    usage, basis = route.meter.usage, "computed"
-    if said is not None and said.report.usage.cost_usd is not None:
-        usage, basis = said.report.usage, "reported"
+    reported = Usage() if said is None else said.report.usage
+    metered = route.meter.usage
+    # The agent's own commands could write a result of their own; not on the proxy's count.
+    computed = reported.cost_usd is None or _exceeds(metered, reported)
+    usage = metered if computed else reported
     return AgentResult(
         outcome=verdict.outcome,
         failure_class=verdict.failure_class,
@@ -286,9 +288,22 @@ def _result(
         agent_version=stream.version,
         turns=stream.turns if said is None else said.report.turns,
         usage=usage,
-        cost_basis="unknown" if usage.cost_usd is None else basis,
+        cost_basis=_basis(usage, computed=computed),
         output_truncated=finished.dropped_bytes > 0,
     )
+
+
+def _exceeds(metered: Usage, reported: Usage) -> bool:
+    return metered.cost_usd is not None and (
+        (metered.input_tokens or 0) > (reported.input_tokens or 0)
+        or (metered.output_tokens or 0) > (reported.output_tokens or 0)
+    )
+
+
+def _basis(usage: Usage, *, computed: bool) -> str:
+    if usage.cost_usd is None:
+        return "unknown"
+    return "computed" if computed else "reported"
 
 
 def _judged(said: StreamResult, finished: Finished, route: _Route, config: AgentConfig) -> _Verdict:

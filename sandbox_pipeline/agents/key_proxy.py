@@ -39,12 +39,12 @@ MAX_ERROR_BYTES = 64_000
 MAX_CONNECTIONS = 64
 READ_BYTES = 65_536
 IDLE_SECONDS = 300.0
-ROUTES = (
-    ("POST", re.compile(r"/v1/messages(/count_tokens)?")),
-    ("GET", re.compile(r"/v1/models(/[A-Za-z0-9._-]+)?")),
-    ("GET", re.compile(r"/(api/hello)?")),
-    ("HEAD", re.compile(r"/(api/hello)?")),
-)
+ROUTES = {
+    "POST": re.compile(r"/v1/messages(/count_tokens)?"),
+    "GET": re.compile(r"/v1/models(/[A-Za-z0-9._-]+)?"),
+}
+PROBES = {"/", "/api/hello"}
+"""What clients ask for at their start, to see whether anything is there."""
 _REQUEST_HEADERS = re.compile(
     r"accept|content-type|content-encoding|content-length|user-agent|x-app"
     r"|anthropic-[a-z-]+|x-stainless-[a-z-]+|x-claude-[a-z-]+"
@@ -138,9 +138,6 @@ class KeyProxy:
         self._connections: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        self._client = httpx.AsyncClient(
-            timeout=httpx.Timeout(600, connect=30, write=120), follow_redirects=False
-        )
         # Through /proc, since a socket's path has at most 107 bytes.
         self._folder_fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
         with contextlib.suppress(FileNotFoundError):
@@ -149,6 +146,10 @@ class KeyProxy:
         os.fchmod(listener.fileno(), 0o600)
         listener.bind(f"/proc/self/fd/{self._folder_fd}/{SOCKET_NAME}")
         listener.setblocking(False)
+        self._inode = os.stat(SOCKET_NAME, dir_fd=self._folder_fd, follow_symlinks=False).st_ino
+        self._client = httpx.AsyncClient(
+            timeout=httpx.Timeout(600, connect=30, write=120), follow_redirects=False
+        )
         self._server = await asyncio.start_unix_server(self._connected, sock=listener)
         return self
 
@@ -164,7 +165,10 @@ class KeyProxy:
             connection.cancel()
         await asyncio.gather(*connections, return_exceptions=True)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(SOCKET_NAME, dir_fd=self._folder_fd)
+            # A run that took over may have its own socket there by now.
+            there = os.stat(SOCKET_NAME, dir_fd=self._folder_fd, follow_symlinks=False)
+            if there.st_ino == self._inode:
+                os.unlink(SOCKET_NAME, dir_fd=self._folder_fd)
         os.close(self._folder_fd)
         await self._client.aclose()
 
@@ -192,9 +196,12 @@ class KeyProxy:
         target = request.target.decode("latin-1")
         path, _, query = target.partition("?")
         method = request.method.decode()
-        if not any(method == verb and route.fullmatch(path) for verb, route in ROUTES):
+        route = ROUTES.get(method)
+        if method in {"GET", "HEAD"} and path in PROBES:
+            await connection.respond(200, b"{}")
+        elif route is None or not route.fullmatch(path):
             await connection.refuse(403, "permission_error", "this route is closed to sandboxes")
-        elif not self._token_fits(headers) and path.startswith("/v1/"):
+        elif not self._token_fits(headers):
             await connection.refuse(401, "authentication_error", "not this sandbox's token")
         elif path == "/v1/messages" and self.meter.exhausted:
             self.meter.refused = True
@@ -275,10 +282,15 @@ class _Connection:
         self._reader = reader
         self._writer = writer
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=READ_BYTES)
+        self._headless = False
 
     async def next_request(self) -> h11.Request | None:
+        """The next one; None where the other side is done."""
         event = await self._next_event()
-        return event if isinstance(event, h11.Request) else None
+        if not isinstance(event, h11.Request):
+            return None
+        self._headless = event.method == b"HEAD"
+        return event
 
     async def body(self) -> AsyncIterator[bytes]:
         """The request's body, or what is still unread of it."""
@@ -302,12 +314,19 @@ class _Connection:
         self, status: int, kind: str, message: str, headers: Mapping[str, str] | None = None
     ) -> None:
         """Answer with an error in the API's own shape."""
-        await self.discard_body()
         error = {"type": kind, "message": message}
         body = json.dumps({"type": "error", "error": error}).encode()
+        await self.respond(status, body, headers)
+
+    async def respond(
+        self, status: int, body: bytes, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Answer with JSON of our own."""
+        await self.discard_body()
         own = {"content-type": "application/json", "content-length": str(len(body))}
         await self.begin(status, {**(headers or {}), **own})
-        await self.send(body)
+        if not self._headless:
+            await self.send(body)
         await self.end()
 
     async def begin(self, status: int, headers: Mapping[str, str]) -> None:

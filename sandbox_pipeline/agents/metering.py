@@ -101,8 +101,8 @@ class Meter:
         self._totals = _Totals.model_validate_json(sums)
 
     def add(self, response: ResponseMeter) -> None:
-        """Count one answer, also one that was broken off."""
-        if response.usage.tokens is not None:
+        """Count one answer, also one that was broken off, but none that ended in an error."""
+        if response.usage.tokens is not None and response.error is None:
             self.add_tokens(response.usage.model, response.usage.tokens)
 
     def add_tokens(self, model: str | None, tokens: Tokens) -> None:

@@ -20,6 +20,7 @@ from sandbox_pipeline.cli.common import with_runtime
 from sandbox_pipeline.cli.live import Watch
 from sandbox_pipeline.config import OrchestrationConfig
 from sandbox_pipeline.defs.guard import INTERACTIVE_TAG
+from sandbox_pipeline.defs.ops import ERROR_TYPE
 from sandbox_pipeline.errors import ConfigError
 from sandbox_pipeline.instance import ensure_home
 from sandbox_pipeline.launching import run_config
@@ -100,11 +101,27 @@ async def _read(runtime: Runtime, workflow_id: str) -> tuple[Orchestration | Non
 
 @contextlib.contextmanager
 def _terminal() -> Iterator[IO[str]]:
-    """The terminal itself: Dagster redirects standard output to the run's log meanwhile."""
+    """The terminal for the progress display alone, while the run's own output goes to its log.
+
+    Dagster captures both streams in files and copies them here by helper processes, which also
+    complain here when Ctrl-C reaches them.
+    """
     sys.stdout.flush()
-    duplicate = os.dup(sys.stdout.fileno())
-    with os.fdopen(duplicate, "w", encoding="utf-8", errors="replace", buffering=1) as output:
-        yield output
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        with open(kept[0], "w", encoding="utf-8", errors="replace", closefd=False) as output:  # noqa: PTH123 - a descriptor
+            yield output
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for stream, descriptor in enumerate(kept, start=1):
+            os.dup2(descriptor, stream)
+            os.close(descriptor)
+        os.close(nowhere)
 
 
 def _explain(result: dg.JobExecutionResult) -> tuple[str | None, bool]:
@@ -113,13 +130,14 @@ def _explain(result: dg.JobExecutionResult) -> tuple[str | None, bool]:
             data = event.step_failure_data
             user = data.user_failure_data
             if user is not None and user.description:
-                return user.description, ConfigError.__name__ in user.metadata
+                kind = user.metadata.get(ERROR_TYPE)
+                return user.description, kind is not None and kind.value == ConfigError.__name__
             error = data.error
             while error is not None and error.cause is not None:
                 error = error.cause
             return (error.message.strip() if error else event.message), False
     for event in result.all_events:
-        if event.is_run_failure if hasattr(event, "is_run_failure") else event.is_failure:
+        if event.is_failure:
             return event.message, False
     return None, False
 

@@ -13,6 +13,13 @@ from sandbox_pipeline.errors import ConfigError
 from sandbox_pipeline.instance import ensure_home
 from sandbox_pipeline.settings import Settings, default_home
 
+WORKSPACE = """\
+load_from:
+  - python_module:
+      module_name: sandbox_pipeline.definitions
+      location_name: sandbox_pipeline
+"""
+
 
 @click.command("ui")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
@@ -26,7 +33,9 @@ def command(host: str, port: int | None) -> int:
     if program is None:
         msg = "the dagster command is not installed beside this one"
         raise ConfigError(msg)
-    arguments = [program, "dev", "-m", "sandbox_pipeline.definitions", "-h", host]
-    arguments += ["-p", str(port or settings.port)]
+    # Not by -m: the code location must have the name that `launch` and workspace.yaml use.
+    workspace = home / "workspace.yaml"
+    workspace.write_text(WORKSPACE, encoding="utf-8")
+    arguments = [program, "dev", "-w", str(workspace), "-h", host, "-p", str(port or settings.port)]
     os.execv(program, arguments)  # noqa: S606 - this process becomes the UI
     return 0

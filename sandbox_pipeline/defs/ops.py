@@ -12,6 +12,7 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 from sandbox_pipeline import orchestrating
 from sandbox_pipeline.config import parse_config
 from sandbox_pipeline.defs.presentation import fork_metrics_metadata
+from sandbox_pipeline.errors import PipelineError
 from sandbox_pipeline.lifecycle import ForkLife
 from sandbox_pipeline.metrics import frame
 from sandbox_pipeline.records import Event, ForkRef
@@ -21,6 +22,7 @@ from sandbox_pipeline.store import tables
 T = TypeVar("T")
 
 RUNTIME = "pipeline_runtime"
+ERROR_TYPE = "error_type"
 WORKFLOW_TAG = "sandbox_pipeline/workflow_id"
 FINISHED = (
     dg.DagsterRunStatus.SUCCESS,
@@ -48,7 +50,7 @@ async def orchestrate(context: dg.OpExecutionContext) -> AsyncIterator[dg.Dynami
     workflow_id = config.workflow_id or f"wf-{(run.root_run_id or run.run_id)[:8]}"
     context.instance.add_run_tags(run.run_id, {WORKFLOW_TAG: workflow_id})
     runtime = _runtime(context)
-    refs = await _interruptible(
+    refs = await _adapted(
         orchestrating.begin(
             runtime,
             config,
@@ -65,42 +67,42 @@ async def orchestrate(context: dg.OpExecutionContext) -> AsyncIterator[dg.Dynami
 @dg.op(required_resource_keys={RUNTIME}, tags=_priority(1))
 async def create_sandbox(context: dg.OpExecutionContext, fork: ForkRef) -> ForkRef:
     """Wait for a slot, then create the fork's sandbox with the repository in it."""
-    await _interruptible(_life(context, fork).create_sandbox())
+    await _adapted(_life(context, fork).create_sandbox())
     return fork
 
 
 @dg.op(required_resource_keys={RUNTIME}, tags=_priority(2))
 async def health_check(context: dg.OpExecutionContext, fork: ForkRef) -> ForkRef:
     """Let only a healthy sandbox through."""
-    await _interruptible(_life(context, fork).health_check())
+    await _adapted(_life(context, fork).health_check())
     return fork
 
 
 @dg.op(required_resource_keys={RUNTIME}, tags=_priority(3))
 async def run_agent(context: dg.OpExecutionContext, fork: ForkRef) -> ForkRef:
     """Run the agent on the prompt, and take its patch."""
-    await _interruptible(_life(context, fork).run_agent())
+    await _adapted(_life(context, fork).run_agent())
     return fork
 
 
 @dg.op(required_resource_keys={RUNTIME}, tags=_priority(4))
 async def record_metrics(context: dg.OpExecutionContext, fork: ForkRef) -> ForkRef:
     """Record what the fork and its sandbox used."""
-    await _interruptible(_life(context, fork).record_metrics())
+    await _adapted(_life(context, fork).record_metrics())
     return fork
 
 
 @dg.op(required_resource_keys={RUNTIME}, tags=_priority(5))
 async def cleanup_sandbox(context: dg.OpExecutionContext, fork: ForkRef) -> ForkRef:
     """End the fork's sandbox, whatever happened before."""
-    await _interruptible(_life(context, fork).cleanup_sandbox())
+    await _adapted(_life(context, fork).cleanup_sandbox())
     return fork
 
 
 @dg.op(required_resource_keys={RUNTIME}, tags=_priority(6))
 async def check_completion(context: dg.OpExecutionContext, forks: list[ForkRef]) -> pd.DataFrame:
     """Compare what came with what was planned; one row for every planned fork."""
-    done = await _interruptible(
+    done = await _adapted(
         orchestrating.complete(
             _runtime(context), forks[0].workflow_id, context.run_id, _announce(context)
         )
@@ -138,9 +140,12 @@ async def _previous_ended(context: dg.OpExecutionContext, workflow_id: str) -> b
     return run is not None and run.status in FINISHED
 
 
-async def _interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """Dagster's word for being cancelled."""
+async def _adapted(work: Coroutine[Any, Any, T]) -> T:
+    """Dagster's words for being cancelled, and for an error that needs no stack trace."""
     try:
         return await work
     except asyncio.CancelledError:
         raise DagsterExecutionInterruptedError from None
+    except PipelineError as error:
+        metadata = {ERROR_TYPE: type(error).__name__}
+        raise dg.Failure(str(error), metadata=metadata, allow_retries=False) from error

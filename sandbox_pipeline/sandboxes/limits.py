@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from sandbox_pipeline.sandboxes.base import Resources
 DEFAULT_MAX_PROCESSES = 4096
 MIB = 1 << 20
 CPU_PERIOD_US = 100_000
+REMOVE_SECONDS = 0.5
 CONTROLLERS = ("cpu", "cpuacct", "memory", "pids")
 
 
@@ -137,10 +139,17 @@ def cgroup_usage(cgroups: tuple[Path, ...]) -> Resources:
 
 
 def remove_cgroups(cgroups: tuple[Path, ...]) -> None:
-    """Remove what a supervisor that was killed could not."""
+    """Remove what a supervisor that was killed could not; blocks for a moment at most."""
+    end = time.monotonic() + REMOVE_SECONDS
     for folder in cgroups:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        while folder.exists():
+            try:
+                folder.rmdir()
+            except OSError:
+                # Its last processes may still be dying.
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.005)
 
 
 def limits_in_force() -> list[LimitStatus]:

@@ -132,7 +132,7 @@ class LocalSandbox:
         except TimeoutError as error:
             reason = f"did not answer within {seconds:.0f} s"
             raise await self._failure(reason) from error
-        except (OSError, EOFError, ValueError, struct.error) as error:
+        except (OSError, EOFError, ValueError, RecursionError, struct.error) as error:
             reason = f"did not answer properly: {printable(error) or type(error).__name__}"
             raise await self._failure(reason) from error
 

@@ -100,7 +100,11 @@ class Supervisor:
         self.env = dict(pair(value) for key, value in options if key == "env")
         self.rlimits = [value.split(":") for key, value in options if key == "rlimit"]
         self.cgroups = [value for key, value in options if key == "cgroup"]
-        self.cgroup_values = [value.split(":") for key, value in options if key == "cgroup_value"]
+        self.cgroup_values = [value for key, value in options if key == "cgroup_value"]
+        for fd in (self.lock_fd, self.listen_fd, self.args_fd):
+            # Handed over by inheritance; the sandbox must not inherit the lock in its turn.
+            if fd >= 0:
+                os.set_inheritable(fd, False)
         self.stderr = bytearray()
         self.terminated = False
         self.exited = False
@@ -112,14 +116,16 @@ class Supervisor:
         self._catch_signals()
         self._make_cgroups()
         self._start()
-        reason = self._wait()
-        self._kill()
-        self._remove_cgroups()
+        try:
+            reason = self._wait()
+        finally:
+            self._kill()
+            self._remove_cgroups()
         self._read_stderr()
-        write_text(f"{self.folder}/stderr", self.stderr.decode("utf-8", "replace"))
-        write_text(f"{self.folder}/ended.json", f'{{"reason": "{reason}"}}\n')
-        if not os.path.exists(f"{self.folder}/keep"):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            write_text(f"{self.folder}/stderr", self.stderr.decode("utf-8", "replace"))
+            write_text(f"{self.folder}/ended.json", f'{{"reason": "{reason}"}}\n')
+            if not os.path.exists(f"{self.folder}/keep"):
                 remove_tree(self.home)
 
     def _catch_signals(self) -> None:
@@ -142,7 +148,8 @@ class Supervisor:
                 os.makedirs(folder, exist_ok=True)
                 made.append(folder)
         self.cgroups = made
-        for file, value in self.cgroup_values:
+        for text in self.cgroup_values:
+            file, _, value = text.rpartition(":")
             with contextlib.suppress(OSError):
                 _write(file, value)
 
@@ -170,6 +177,9 @@ class Supervisor:
             for folder in self.cgroups:
                 with contextlib.suppress(OSError):
                     _write(f"{folder}/cgroup.procs", "0")
+            with contextlib.suppress(OSError):
+                # Where memory runs out, what is in a sandbox goes before what is not.
+                _write("/proc/self/oom_score_adj", "500")
             for name, value in self.rlimits:
                 _limit(name, int(value))
             os.dup2(stderr, 2)
@@ -203,7 +213,7 @@ class Supervisor:
                 return "killed"
             if self._has_exited():
                 return "exited"
-            if boot_seconds() >= deadline:
+            if boot_seconds() >= deadline or not os.path.exists(self.folder):
                 deadline = self._deadline_or_final()
                 if not deadline:
                     return "deadline"
@@ -226,12 +236,13 @@ class Supervisor:
 
     def _deadline_or_final(self) -> float:
         """The deadline as it is now; 0 once passed, which is then final."""
-        with locked(self.folder):
+        # Without its folder a sandbox can't be reached any more.
+        with contextlib.suppress(OSError), locked(self.folder):
             deadline = self._deadline()
             if boot_seconds() < deadline:
                 return deadline
             write_text(f"{self.folder}/deadline", FINAL)
-            return 0.0
+        return 0.0
 
     def _is_too_large(self) -> bool:
         begin = time.monotonic()

@@ -20,7 +20,7 @@ from sandbox_pipeline.agents.claude_binary import native_program
 from sandbox_pipeline.agents.claude_code import MOUNTED_BINARY, ClaudeCodeAgent
 from sandbox_pipeline.agents.transcript import read_transcript
 from sandbox_pipeline.config import AgentConfig
-from sandbox_pipeline.errors import ConfigError, FailureClass
+from sandbox_pipeline.errors import AgentError, ConfigError, FailureClass
 from sandbox_pipeline.records import Outcome
 from tests.agents.model_api import (
     CANARY,
@@ -364,6 +364,44 @@ async def test_answers_that_are_none(
         assert result.cost_basis == "unknown"
 
 
+FORGER = """\
+import http.client, json, os, socket
+connection = http.client.HTTPConnection("model-api.invalid")
+connection.sock = socket.socket(socket.AF_UNIX)
+connection.sock.connect(os.environ["ANTHROPIC_UNIX_SOCKET"])
+body = json.dumps({"model": "claude-sonnet-5-5", "max_tokens": 1, "messages": []})
+connection.request("POST", "/v1/messages", body, {"x-api-key": os.environ["ANTHROPIC_API_KEY"]})
+connection.getresponse().read()
+usage = {"input_tokens": 0, "output_tokens": 0}
+result = {"type": "result", "is_error": False, "result": "cheap", "total_cost_usd": 0}
+print(json.dumps({**result, "usage": usage}))
+"""
+
+
+async def test_forged_result_does_not_hide_what_was_charged(tmp_path: Path) -> None:
+    program = tmp_path / "claude"
+    program.write_text(f"#!/usr/bin/python3\n{FORGER}")
+    program.chmod(0o755)
+    agent = StandIn(program)
+    config = AgentConfig.model_validate({"kind": "claude_code"})
+    async with MessagesServer(key=CANARY) as server:
+        environ = {"ANTHROPIC_API_KEY": CANARY, "ANTHROPIC_BASE_URL": server.url}
+        async with bench(tmp_path, agent, config, environ) as made:
+            result = await agent.run(made.sandbox, await made.task(config), Listener())
+            assert (result.outcome, result.message) == (Outcome.SUCCESS, "cheap")
+            assert result.usage.cost_usd == pytest.approx(cost(server.answers))
+            assert result.cost_basis == "computed"
+
+
+async def test_network_none_without_a_shared_folder_is_refused(tmp_path: Path) -> None:
+    agent = StandIn(Path("/usr/bin/true"))
+    config = AgentConfig.model_validate({"kind": "claude_code"})
+    async with bench(tmp_path, agent, config, {"ANTHROPIC_API_KEY": CANARY}) as made:
+        task = replace(await made.task(config), exchange_dir=None, network="none")
+        with pytest.raises(AgentError, match=r"sandbox\.network"):
+            await agent.run(made.sandbox, task, Listener())
+
+
 def test_missing_key_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="ANTHROPIC_API_KEY"):
         ClaudeCodeAgent().validate(agent_config(), {"PATH": "/usr/bin"})
@@ -372,7 +410,7 @@ def test_missing_key_is_refused_by_name() -> None:
 def test_missing_claude_code_is_refused_with_the_remedy() -> None:
     environ = {"PATH": "/nonexistent", "ANTHROPIC_API_KEY": CANARY}
     config = AgentConfig.model_validate({"kind": "claude_code"})
-    with pytest.raises(ConfigError, match="npm install -g @anthropic-ai/claude-code"):
+    with pytest.raises(ConfigError, match=r"npm install -g @anthropic-ai/claude-code"):
         ClaudeCodeAgent().validate(config, environ)
     ClaudeCodeAgent().validate(config, environ, provider="e2b")
 
@@ -401,6 +439,17 @@ def test_npm_stub_leads_to_the_program_beside_it(tmp_path: Path) -> None:
         shutil.copy("/bin/true", scope / name / "claude")
     found = native_program(stub)
     assert found.parent.name in names
+
+
+def test_wrong_fields_are_refused_by_name() -> None:
+    environ = {"ANTHROPIC_API_KEY": CANARY}
+    agent = ClaudeCodeAgent()
+    with pytest.raises(ConfigError, match=r"agent.env_from.*NOT_HERE"):
+        agent.validate(agent_config(env_from=["NOT_HERE"]), environ, provider="e2b")
+    with pytest.raises(ConfigError, match=r"agent.mcp_config: not valid JSON"):
+        agent.validate(agent_config(mcp_config="{"), environ, provider="e2b")
+    with pytest.raises(ConfigError, match=r"agent.claude_binary.*no such file"):
+        agent.validate(agent_config(claude_binary="/nowhere/claude"), environ)
 
 
 def test_wrong_base_url_is_refused() -> None:

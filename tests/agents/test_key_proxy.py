@@ -76,7 +76,6 @@ async def test_answers_pass_and_are_metered(tmp_path: Path, stream: bool) -> Non
         assert (await client.post("/v1/messages/count_tokens", json=BODY)).status_code == 200
         assert proxy.meter.requests == 1
         assert (await client.get("/v1/models")).status_code == 200
-        assert (await client.head("/")).status_code == 200
 
 
 @pytest.mark.parametrize("variable", ["ANTHROPIC_AUTH_TOKEN", "CLAUDE_CODE_OAUTH_TOKEN"])
@@ -126,6 +125,25 @@ async def test_foreign_token_is_refused(tmp_path: Path) -> None:
             assert answer.status_code == 401
             assert answer.json()["error"]["type"] == "authentication_error"
         assert server.ledger == []
+
+
+async def test_probes_are_answered_here(tmp_path: Path) -> None:
+    async with MessagesServer(key=CANARY) as server, proxied(tmp_path, server) as (_, client):
+        assert (await client.head("/")).status_code == 200
+        assert (await client.get("/api/hello")).json() == {}
+        assert (await client.head("/v1/files")).status_code == 403
+        assert server.ledger == []
+
+
+async def test_one_that_took_over_keeps_its_socket(tmp_path: Path) -> None:
+    meter = Meter(PRICES, None, None)
+    async with MessagesServer(key=CANARY) as server, inside(tmp_path) as client:
+        first = KeyProxy(tmp_path, CREDENTIAL, server.url, token=TOKEN, meter=meter)
+        second = KeyProxy(tmp_path, CREDENTIAL, server.url, token=TOKEN, meter=meter)
+        await first.__aenter__()
+        async with second:
+            await first.__aexit__(None, None, None)
+            assert (await client.post("/v1/messages", json=BODY)).status_code == 200
 
 
 async def test_budget_closes_the_way_and_outlives_a_restart(tmp_path: Path) -> None:

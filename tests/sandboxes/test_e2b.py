@@ -18,7 +18,7 @@ import pytest
 from sandbox_pipeline.config import SandboxConfig
 from sandbox_pipeline.errors import ConfigError, ErrorKind, ProviderError
 from sandbox_pipeline.sandboxes import e2b_command
-from sandbox_pipeline.sandboxes.base import HOME, Command, Sandbox, SandboxSpec
+from sandbox_pipeline.sandboxes.base import HOME, Command, Resources, Sandbox, SandboxSpec
 from sandbox_pipeline.sandboxes.e2b import E2BProvider
 from tests.sandboxes.conformance import (
     MakeSpec,
@@ -30,7 +30,7 @@ from tests.sandboxes.conformance import (
     shell,
     wait_until,
 )
-from tests.servers.e2b_server import API_KEY, E2BServer, Ledger, Limits
+from tests.servers.e2b_server import API_KEY, E2BServer, Fault, Ledger, Limits
 
 
 def spec_of(**changes: Any) -> SandboxSpec:
@@ -190,8 +190,63 @@ class TestCommands:
         with pytest.raises(FileNotFoundError):
             await sandbox.read(f"{HOME}/it")
 
+    async def test_unreadable_file_is_told_from_a_missing_one(self, provider: E2BProvider) -> None:
+        sandbox = await provider.create(spec_of())
+        await shell(sandbox, "echo secret > it; chmod 000 it")
+        with pytest.raises(ProviderError, match="Permission denied") as caught:
+            await sandbox.read(f"{HOME}/it")
+        assert not caught.value.policy.fatal
+
+    async def test_reading_nothing_asks_nobody(self, provider: E2BProvider) -> None:
+        sandbox = await provider.create(spec_of())
+        assert await sandbox.read(f"{HOME}/nowhere", max_bytes=0) == b""
+
+    async def test_dropped_output_takes_no_disk(self, provider: E2BProvider) -> None:
+        sandbox = await provider.create(spec_of())
+        script = "head -c 300000000 /dev/zero; du -sk /tmp >&2"
+        result = await shell(sandbox, script, max_output_bytes=5000)
+        assert (len(result.stdout), result.truncated) == (5000, True)
+        assert int(result.stderr.split()[0]) < 200
+
+    async def test_no_room_for_the_commands_output_fails_the_operation(
+        self, provider: E2BProvider
+    ) -> None:
+        sandbox = await provider.create(spec_of())
+        await shell(sandbox, "chmod 555 /tmp")
+        with pytest.raises(ProviderError, match="exited with code 70") as caught:
+            await shell(sandbox, "true")
+        assert caught.value.kind is ErrorKind.UNAVAILABLE
+
+    def test_answer_that_is_not_the_wrappers_is_refused(self) -> None:
+        job = e2b_command.prepare(Command(["true"]))
+        for answer in (
+            "",
+            "junk",
+            f"\n{job.token} 0 0\n\n",
+            f"\n{job.token} 0 0\n!\n\n{job.token}\n",
+        ):
+            with pytest.raises(e2b_command.UnreadableAnswerError):
+                e2b_command.result(job, answer)
+
 
 class TestSandboxes:
+    async def test_base_without_the_contracts_folders_is_not_used(
+        self, provider: E2BProvider
+    ) -> None:
+        prepared = await provider.create(spec_of())
+        await shell(prepared, "rmdir workspace && touch workspace")
+        base = await provider.snapshot(prepared)
+        with pytest.raises(ProviderError, match="workspace") as caught:
+            await provider.create(spec_of(base=base))
+        assert caught.value.kind is ErrorKind.AMBIGUOUS, "it exists and has to be ended"
+
+    async def test_resources_without_samples_are_unknown(
+        self, provider: E2BProvider, server: E2BServer
+    ) -> None:
+        sandbox = await provider.create(spec_of())
+        server.faults.add(Fault(path=".*/metrics", status=200, body="[]"))
+        assert await sandbox.resources() == Resources()
+
     @pytest.mark.parametrize(
         ("network", "told"),
         [

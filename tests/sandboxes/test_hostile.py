@@ -11,6 +11,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from sandbox_pipeline.sandboxes.base import (
 from sandbox_pipeline.sandboxes.bubblewrap import probe_isolation
 from sandbox_pipeline.sandboxes.limits import limits_in_force
 from sandbox_pipeline.sandboxes.local import LocalProvider
+from sandbox_pipeline.sandboxes.shim import LENGTHS
 from tests.sandboxes.conformance import assert_gone, fresh_lease_id, sample_metadata, shell
 
 pytestmark = pytest.mark.skipif(
@@ -61,6 +63,10 @@ def spec(**config: Any) -> SandboxSpec:
     return SandboxSpec(lease_id, sample_metadata(lease_id), 120, "none", SandboxConfig(**config))
 
 
+def _framed(header: bytes) -> bytes:
+    return LENGTHS.pack(len(header), 0) + header
+
+
 async def python(sandbox: Sandbox, program: str, **options: Any) -> CommandResult:
     argv = ["python3", "-c", textwrap.dedent(program)]
     return await sandbox.run(Command(argv, **options))
@@ -79,7 +85,8 @@ async def test_hosts_files_cannot_be_seen(sandbox: Sandbox, root: Path) -> None:
         "/oldroot",
     ]
     places += [f"/proc/1/root{secret}", "/proc/kcore", "/dev/sda", "/dev/vda", "/dev/kmsg", "/srv"]
-    script = 'for place; do cat "$place" >/dev/null 2>&1 || ls "$place"/* >/dev/null 2>&1 && echo "$place"; done'
+    seen = 'cat "$place" >/dev/null 2>&1 || ls "$place"/* >/dev/null 2>&1'
+    script = f'for place; do {{ {seen}; }} && echo "$place"; done'
     result = await sandbox.run(Command(["sh", "-c", script, "sh", *places]))
     assert result.stdout == b""
 
@@ -106,6 +113,17 @@ async def test_hosts_processes_cannot_be_seen_or_signalled(sandbox: Sandbox) -> 
             print("none")
     """
     assert (await python(sandbox, program)).stdout == b"True True\nnone\n"
+
+
+async def test_descriptors_of_the_host_are_not_handed_on(sandbox: Sandbox) -> None:
+    result = await python(sandbox, "import os; print(sorted(os.listdir('/proc/self/fd')))")
+    assert result.stdout == b"['0', '1', '2', '3']\n"  # 3 lists the folder
+    # bubblewrap's first process, and the shim with its listening socket.
+    for pid, most in ((1, 4), (2, 4)):
+        seen = await shell(sandbox, f"ls -l /proc/{pid}/fd | grep -v ' /dev/null$'")
+        assert seen.stdout.count(b"->") <= most, seen.stdout
+        assert b"/lock" not in seen.stdout
+        assert b"hostile-" not in seen.stdout
 
 
 async def test_network_cannot_be_reached(sandbox: Sandbox) -> None:
@@ -232,10 +250,10 @@ async def test_copying_a_base_follows_no_links(
     precious = root.parent / "precious"
     precious.mkdir()
     (precious / "file").write_text("secret")
-    script = f"rm -rf workspace .sandbox_pipeline; ln -s {precious} workspace; ln -s {precious}/file f; mkfifo p"
+    script = f"rm -rf workspace; ln -s {precious} workspace; ln -s {precious}/file f; mkfifo p"
     await shell(sandbox, script)
     base = await provider.snapshot(sandbox)
-    copy = await provider.create(SandboxSpec(**{**vars(spec()), "base": base}))
+    copy = await provider.create(replace(spec(), base=base))
     assert b"secret" not in (await shell(copy, "cat f workspace/file")).stdout
     await copy.write(f"{HOME}/.sandbox_pipeline/new", b"")
     assert [entry.name for entry in precious.iterdir()] == ["file"]
@@ -283,14 +301,16 @@ async def test_memory_is_bounded(provider: LocalProvider) -> None:
 @pytest.mark.parametrize("place", ["/tmp", "/dev/shm", "/var/tmp", "/run"])
 async def test_memory_file_systems_are_bounded(provider: LocalProvider, place: str) -> None:
     sandbox = await provider.create(spec(disk_mb=32))
-    script = "for n in 1 2 3 4; do head -c 20000000 /dev/zero > $0/$n; done 2>/dev/null; du -sm $0 | cut -f1"
+    fill = "for n in 1 2 3 4; do head -c 20000000 /dev/zero > $0/$n; done"
+    script = f"{fill} 2>/dev/null; du -sm $0 | cut -f1"
     result = await sandbox.run(Command(["sh", "-c", script, place]))
     assert int(result.stdout) <= 33
 
 
 async def test_filling_the_disk_ends_the_sandbox(provider: LocalProvider, root: Path) -> None:
     sandbox = await provider.create(spec(disk_mb=32))
-    script = "mkdir d; for n in $(seq 100); do head -c 2000000 /dev/zero > d/$n; chmod 0 d/$n; sleep 0.02; done; chmod 0 d; sleep 20"
+    fill = "head -c 2000000 /dev/zero > d/$n; chmod 0 d/$n; sleep 0.02"
+    script = f"mkdir d; for n in $(seq 100); do {fill}; done; chmod 0 d; sleep 20"
     with pytest.raises(ProviderError, match="disk_limit"):
         await shell(sandbox, script)
     await assert_gone(sandbox)
@@ -319,12 +339,18 @@ async def test_killing_everything_inside_ends_the_sandbox(
         b"\0\0\0\4\0\0\0\0\0\0\0\0nope",
         b"\xff\xff\xff\xff\0\0\0\0\0\0\0\0",
         b"\0\0\0\2\xff\0\0\0\0\0\0\0{}",
-        b"\0\0\0\x0f\0\0\0\0\0\0\0\0" + b"[" * 15,
-        b'\0\0\0\x43\0\0\0\0\0\0\0\0{"exit_code":0,"stdout":-5,"timed_out":false,"truncated":false}    ',
+        b"\0\0\xea\x60\0\0\0\0\0\0\0\0" + b"[" * 60_000,
+        _framed(b'{"exit_code":0,"stdout":-5,"timed_out":false,"truncated":false}'),
+        _framed(b'{"exit_code":256,"stdout":0,"timed_out":false,"truncated":false}'),
+        _framed(b'{"exit_code":0,"stdout":7,"timed_out":false,"truncated":false}'),
+        _framed(b'{"exit_code":null,"stdout":0}'),
     ],
 )
-async def test_nonsense_answers_are_ambiguous(sandbox: Sandbox, root: Path, answer: bytes) -> None:
+async def test_nonsense_answers_are_ambiguous(
+    sandbox: Sandbox, root: Path, answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a program inside could answer in the shim's place is bounded and never believed."""
+    monkeypatch.setattr("sandbox_pipeline.sandboxes.local_sandbox.LAST_WORDS_SECONDS", 0.1)
     place = root / sandbox.sandbox_id / "sock"
     place.unlink()
 
@@ -369,5 +395,6 @@ def _commands_with(marker: str) -> list[str]:
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 async def test_git_works_inside(sandbox: Sandbox) -> None:
-    script = "git init -q . && touch f && git add -A && git -c user.name=a -c user.email=b commit -qm m && git log --oneline | wc -l"
+    commit = "git -c user.name=a -c user.email=b commit -qm m"
+    script = f"git init -q . && touch f && git add -A && {commit} && git log --oneline | wc -l"
     assert (await shell(sandbox, script, cwd=WORKSPACE)).stdout.strip() == b"1"

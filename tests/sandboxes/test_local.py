@@ -16,6 +16,7 @@ import textwrap
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,6 +86,25 @@ def holders_of(marker: str) -> list[str]:
     return found
 
 
+def names_in(folder: Path) -> list[str]:
+    """What is in a folder; nothing where there is none."""
+    return [entry.name for entry in folder.iterdir()] if folder.exists() else []
+
+
+def make_garbage(root: Path) -> Path:
+    """Folders that no sandbox left in this shape; one that looks like half a sandbox."""
+    root.mkdir(parents=True)
+    (root / "local-garbage").mkdir()
+    (root / "local-file").write_text("")
+    (root / "something else").mkdir()
+    (root / "local-link").symlink_to("/")
+    half = root / "local-half"
+    half.mkdir()
+    (half / "meta.json").write_text("{")
+    (half / "home").mkdir(mode=0)
+    return half
+
+
 @pytest.fixture
 def root() -> Any:
     with tempfile.TemporaryDirectory(prefix="sandboxes-") as folder:
@@ -108,14 +128,14 @@ def another_provider(root: Path) -> LocalProvider:
 class TestBubblewrap(ProviderConformance):
     @pytest.fixture
     def make_spec(self) -> MakeSpec:
-        return lambda **changes: spec_of("bubblewrap", changes.pop("config", {}), **changes)
+        return partial(spec_of, "bubblewrap", {})
 
 
 @needs_linux
 class TestWithoutIsolation(ProviderConformance):
     @pytest.fixture
     def make_spec(self) -> MakeSpec:
-        return lambda **changes: spec_of("none", changes.pop("config", {}), **changes)
+        return partial(spec_of, "none", {})
 
 
 class Shared:
@@ -131,14 +151,15 @@ class Shared:
     ) -> None:
         made = await provider.create(self.spec())
         marker = f"7{time.monotonic_ns()}"
-        script = f"setsid nohup sleep {marker} >/dev/null 2>&1 & (setsid sleep {marker} &) & sleep {marker} &"
+        sleep = f"sleep {marker}"
+        script = f"setsid nohup {sleep} >/dev/null 2>&1 & (setsid {sleep} &) & {sleep} &"
         await shell(made, script)
         assert len(holders_of(marker)) == 3
         assert len(processes_of(made.sandbox_id)) == 1
         await provider.kill(made.sandbox_id)
         assert holders_of(marker) == []
         assert processes_of(made.sandbox_id) == []
-        assert list(root.iterdir()) == []
+        assert names_in(root) == []
 
     async def test_supervisors_sudden_death_leaves_no_process(
         self, provider: LocalProvider, root: Path
@@ -154,7 +175,7 @@ class Shared:
         await wait_until(nothing_left, seconds=5)
         await assert_gone(made)
         assert await ids(provider, {}) == set()
-        assert list(root.iterdir()) == []
+        assert names_in(root) == []
 
     async def test_orchestrators_death_leaves_the_sandbox_until_its_deadline(
         self, provider: LocalProvider, root: Path
@@ -258,20 +279,12 @@ class Shared:
                 await creation
                 await provider.kill(f"local-{spec.lease_id}")
             assert processes_of(f"local-{spec.lease_id}") == [], pause
-            assert not root.exists() or list(root.iterdir()) == [], pause
+            assert names_in(root) == [], pause
 
     async def test_garbage_in_the_root_is_tolerated(
         self, provider: LocalProvider, root: Path
     ) -> None:
-        root.mkdir(parents=True)
-        (root / "local-garbage").mkdir()
-        (root / "local-file").write_text("")
-        (root / "something else").mkdir()
-        half = root / "local-half"
-        half.mkdir()
-        (half / "meta.json").write_text("{")
-        (half / "home").mkdir(mode=0)
-        (root / "local-link").symlink_to("/")
+        half = make_garbage(root)
         assert await ids(provider, {}) == set()
         assert not half.exists()
         made = await provider.create(self.spec(lease_id="garbage"))
@@ -310,7 +323,7 @@ class Shared:
             with pytest.raises(ProviderError, match="/no/such/place") as caught:
                 await provider.create(self.spec(**changes))
             assert caught.value.kind is ErrorKind.INVALID
-        assert list(root.iterdir()) == []
+        assert names_in(root) == []
 
     async def test_cancelled_command_is_ended(self, provider: LocalProvider) -> None:
         made = await provider.create(self.spec())
@@ -445,8 +458,8 @@ class TestBubblewrapOnly(Shared):
                     spec = SandboxSpec("one", {{}}, 60, "none", SandboxConfig(max_processes=64))
                     made = await provider.create(spec)
                     await made.write("/home/user/workspace/file", b"text")
-                    result = await made.run(Command(["sh", "-c", "id -u; mkdir -m 0 workspace/shut; touch workspace/shut"]))
-                    print(result)
+                    script = "id -u; mkdir -m 0 workspace/shut"
+                    result = await made.run(Command(["sh", "-c", script]))
                     assert result.stdout == b"1000\\n", result
                     assert await provider.kill(made.sandbox_id)
                     assert list(Path({folder!r}, "root").iterdir()) == []
@@ -517,7 +530,8 @@ class TestWhereIsolationIsMissing:
     async def test_creation_fails_naming_the_choices(
         self, provider: LocalProvider, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("sandbox_pipeline.sandboxes.bubblewrap.find_bwrap", lambda: [])
+        nothing: list[Path] = []
+        monkeypatch.setattr("sandbox_pipeline.sandboxes.bubblewrap.find_bwrap", lambda: nothing)
         probe_isolation.cache_clear()
         try:
             with pytest.raises(ProviderError, match="isolation: none") as caught:
@@ -541,7 +555,7 @@ class TestWhereIsolationIsMissing:
         with pytest.raises(ProviderError, match="no permission to make namespaces") as caught:
             await LocalProvider(root, bwrap=program).create(spec_of("bubblewrap", {}))
         assert caught.value.kind is ErrorKind.HOST
-        assert list(root.iterdir()) == []
+        assert names_in(root) == []
 
     async def test_root_that_cannot_be_made_is_the_hosts_fault(self) -> None:
         with pytest.raises(ProviderError) as caught:
