@@ -78,7 +78,7 @@ def launch(
             json={"query": _LAUNCH, "variables": {"params": params}},
             timeout=TIMEOUT_SECONDS,
         )
-        response.raise_for_status()
+        # Not raise_for_status: a refusal with its reason comes as status 500.
         answer = response.json()["data"]["launchRun"]
     except httpx.InvalidURL as error:
         msg = f"--url: {url!r} is not a URL: {error}"
@@ -87,7 +87,7 @@ def launch(
         msg = f"no Dagster webserver answers at {url} ({error}); start one with: sandbox-pipeline ui"
         raise LaunchError(msg) from error
     except (ValueError, KeyError, TypeError) as error:
-        msg = f"{url} answered, but not as a Dagster webserver does"
+        msg = f"{url} answered, but not as a Dagster webserver with this location does"
         raise LaunchError(msg) from error
     if answer["__typename"] == "LaunchRunSuccess":
         return str(answer["run"]["runId"])

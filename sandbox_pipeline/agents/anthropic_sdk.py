@@ -73,12 +73,18 @@ class AnthropicAgent:
 
     async def run(self, sandbox: Sandbox, task: Task, reporter: Reporter) -> AgentResult:
         """See `Agent.run`."""
-        meter = Meter(prices_from_environ(task.environ), task.config.max_budget_usd, None)
-        credential = find_credential(task.environ, SDK_VARIABLES)
+        try:
+            prices = prices_from_environ(task.environ)
+            credential = find_credential(task.environ, SDK_VARIABLES)
+            url = base_url(task.environ)
+        except ConfigError as error:
+            # The environment is another than the one that was validated.
+            raise AgentError(FailureClass.CONFIG, str(error)) from error
+        meter = Meter(prices, task.config.max_budget_usd, None)
         conversation = await _Conversation.load(sandbox, task, credential, meter)
         with TranscriptWriter(task.artifacts / "transcript.jsonl", task.redactor) as transcript:
             _write_history(transcript, task, conversation)
-            async with _client(task, credential) as client:
+            async with _client(url, credential) as client:
                 loop = _Loop(client, sandbox, task, reporter, conversation, transcript)
                 result = await loop.run()
             result = result.model_copy(
@@ -393,14 +399,14 @@ class _BrokenOffError(Exception):
     """The stream ended without saying that it is complete."""
 
 
-def _client(task: Task, credential: Credential) -> anthropic.AsyncAnthropic:
+def _client(url: str, credential: Credential) -> anthropic.AsyncAnthropic:
     import anthropic
 
     api_key = credential.value if credential.variable == "ANTHROPIC_API_KEY" else None
     return anthropic.AsyncAnthropic(
         api_key=api_key,
         auth_token=None if api_key is not None else credential.value,
-        base_url=base_url(task.environ),
+        base_url=url,
         max_retries=0,
         timeout=ANSWER_SECONDS,
     )

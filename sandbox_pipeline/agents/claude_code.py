@@ -81,13 +81,15 @@ class ClaudeCodeAgent:
 
     async def run(self, sandbox: Sandbox, task: Task, reporter: Reporter) -> AgentResult:
         """See `Agent.run`."""
-        meter = Meter(
-            prices_from_environ(task.environ),
-            task.config.max_budget_usd,
-            task.artifacts / f"model_api_usage-{task.attempt}.json" if task.exchange_dir else None,
-        )
-        async with _proxy(sandbox, task, meter) as proxy:
-            return await _run(sandbox, task, reporter, _Route(proxy, meter))
+        sums = task.artifacts / f"model_api_usage-{task.attempt}.json"
+        try:
+            prices = prices_from_environ(task.environ)
+            meter = Meter(prices, task.config.max_budget_usd, sums if task.exchange_dir else None)
+            async with _proxy(sandbox, task, meter) as proxy:
+                return await _run(sandbox, task, reporter, _Route(proxy, meter))
+        except ConfigError as error:
+            # The environment is another than the one that was validated.
+            raise AgentError(FailureClass.CONFIG, str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,7 @@ def _proxy(
 async def _started_proxy(
     sandbox: Sandbox, task: Task, folder: Path, meter: Meter
 ) -> AsyncGenerator[KeyProxy, None]:
-    try:
-        upstream = base_url(task.environ)
-    except ConfigError as error:
-        raise AgentError(FailureClass.CONFIG, str(error)) from error
+    upstream = base_url(task.environ)
     token = _placeholder(sandbox, task)
     credential = find_credential(task.environ)
     async with KeyProxy(folder, credential, upstream, token=token, meter=meter) as proxy:

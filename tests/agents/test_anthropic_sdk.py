@@ -332,6 +332,15 @@ async def test_prices_come_from_the_file_that_the_environment_names(tmp_path: Pa
         assert result.usage.cost_usd == 3.0
 
 
+async def test_key_that_is_gone_is_an_error_of_the_fork(tmp_path: Path) -> None:
+    config = agent_config()
+    async with serving(tmp_path, EDITS, config) as (_, made):
+        made.environ.clear()
+        with pytest.raises(AgentError, match="ANTHROPIC_API_KEY") as caught:
+            await AnthropicAgent().run(made.sandbox, await made.task(config), Listener())
+        assert caught.value.failure_class is FailureClass.CONFIG
+
+
 def test_missing_key_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="ANTHROPIC_API_KEY"):
         AnthropicAgent().validate(agent_config(), {"CLAUDE_CODE_OAUTH_TOKEN": "x"})
