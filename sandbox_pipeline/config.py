@@ -40,7 +40,8 @@ class AgentConfig(_Section):
     usage_format: str = Field(
         "none",
         pattern=r"^[a-z][a-z0-9-]*$",
-        description="How the 'command' agent reports tokens and cost on its standard output.",
+        description="How the 'command' agent reports tokens and cost on its standard output: "
+        "claude-stream-json, codex-jsonl, gemini-json, opencode-jsonl, mini-json or none.",
     )
     timeout_seconds: float = Field(
         7200,

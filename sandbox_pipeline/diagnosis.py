@@ -77,7 +77,8 @@ def _agent(runtime: Runtime, config: OrchestrationConfig) -> list[Check]:
     name = f"agent {config.agent.kind}"
     try:
         agent: Agent = runtime.agent(config.agent.kind)
-        agent.validate(config.agent, runtime.environ)
+        provider = plugins.resolve_provider(config, runtime.environ)
+        agent.validate(config.agent, runtime.environ, provider=provider)
     except ConfigError as error:
         return [Check(name, "failed", str(error), "change the configuration or the environment")]
     return [Check(name, "ok", f"needs network '{agent.network}'")]

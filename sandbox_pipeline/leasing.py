@@ -8,9 +8,11 @@ import secrets
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
+from sandbox_pipeline.agents.base import EXCHANGE_DIR
 from sandbox_pipeline.clock import now
 from sandbox_pipeline.config import RetryConfig
 from sandbox_pipeline.errors import ProviderError
+from sandbox_pipeline.exchange import exchange_folder, remove_exchange_folder
 from sandbox_pipeline.records import Lease, Orchestration, SandboxState
 from sandbox_pipeline.retrying import next_pause, patiently
 from sandbox_pipeline.runtime import APP, Runtime
@@ -75,6 +77,11 @@ async def create(
     """
     provider = runtime.provider(orchestration.provider)
     retry = orchestration.config.retry
+    agent = runtime.agent(orchestration.config.agent.kind)
+    mounts = dict(agent.mounts(orchestration.config.agent, runtime.environ))
+    shared = exchange_folder(runtime.settings.home, orchestration, agent, lease.lease_id)
+    if shared is not None:
+        mounts[str(shared)] = EXCHANGE_DIR
     spec = SandboxSpec(
         lease_id=lease.lease_id,
         metadata=await _metadata(runtime, lease),
@@ -82,9 +89,7 @@ async def create(
         network=network,
         config=orchestration.config.sandbox,
         base=base,
-        mounts=runtime.agent(orchestration.config.agent.kind).mounts(
-            orchestration.config.agent, runtime.environ
-        ),
+        mounts=mounts if orchestration.provider == "local" else {},
     )
 
     async def once() -> tuple[Lease, Sandbox]:
@@ -202,6 +207,7 @@ async def _now_live(runtime: Runtime, lease: Lease, sandbox: Sandbox) -> Lease:
 
 
 async def _now_gone(runtime: Runtime, lease: Lease, note: str) -> Lease:
+    remove_exchange_folder(runtime.settings.home, lease.lease_id)
     return await runtime.store.update(
         Lease,
         lease.key,

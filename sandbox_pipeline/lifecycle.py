@@ -24,6 +24,7 @@ from sandbox_pipeline.errors import (
     ProviderError,
     StoreError,
 )
+from sandbox_pipeline.exchange import exchange_folder
 from sandbox_pipeline.records import (
     AgentResult,
     Control,
@@ -38,6 +39,7 @@ from sandbox_pipeline.records import (
     Stage,
     fork_key,
     orchestration_key,
+    sandbox_key,
 )
 from sandbox_pipeline.retrying import patiently
 from sandbox_pipeline.runtime import Announce, Runtime
@@ -359,6 +361,7 @@ class ForkLife:
         self, fork: Fork, orchestration: Orchestration, sandbox: Sandbox
     ) -> AgentResult:
         config = orchestration.config
+        agent = self._runtime.agent(config.agent.kind)
         prompt_path = f"{STATE_DIR}/{PROMPT_FILE}"
         folder = artifacts_of(orchestration, fork)
         folder.mkdir(parents=True, exist_ok=True)
@@ -374,8 +377,11 @@ class ForkLife:
             artifacts=folder,
             environ=self._runtime.environ,
             redactor=self._runtime.redactor(orchestration),
+            exchange_dir=exchange_folder(
+                self._runtime.settings.home, orchestration, agent, await self._lease_id(fork)
+            ),
+            network=preparation.network_of(orchestration),
         )
-        agent = self._runtime.agent(config.agent.kind)
         try:
             return await agent.run(sandbox, task, _Reporter(self))
         except AgentError as error:
@@ -464,6 +470,10 @@ class ForkLife:
 
             await self._change(gone)
         return ended
+
+    async def _lease_id(self, fork: Fork) -> str:
+        lease = await self._store.need(Lease, sandbox_key(fork.sandbox_id or ""))
+        return lease.lease_id
 
     async def _connect(self, fork: Fork, orchestration: Orchestration) -> Sandbox:
         if fork.sandbox_id is None:

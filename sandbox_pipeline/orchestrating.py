@@ -70,8 +70,9 @@ def validate(runtime: Runtime, config: OrchestrationConfig) -> None:
         ConfigError: naming the field or the environment variable and the remedy.
     """
     agent = runtime.agent(config.agent.kind)
-    agent.validate(config.agent, runtime.environ)
-    runtime.provider(plugins.resolve_provider(config, runtime.environ))
+    provider = plugins.resolve_provider(config, runtime.environ)
+    agent.validate(config.agent, runtime.environ, provider=provider)
+    runtime.provider(provider)
     preparation.check_repository(config, runtime.settings.home)
 
 

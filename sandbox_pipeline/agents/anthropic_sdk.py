@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import hmac
 import importlib.util
-import json
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from sandbox_pipeline.agents.base import Reporter, Task
 from sandbox_pipeline.agents.claude_stream import bounded_input
-from sandbox_pipeline.agents.detached import folder_of
+from sandbox_pipeline.agents.conversation import Conversation, kept_block
 from sandbox_pipeline.agents.key_proxy import Credential, base_url, find_credential
 from sandbox_pipeline.agents.metering import Meter
 from sandbox_pipeline.agents.models import prices_from_environ, resolve_model
 from sandbox_pipeline.agents.sandbox_tools import TOOLS, SandboxTools, ToolAnswer
 from sandbox_pipeline.agents.transcript import TranscriptWriter
-from sandbox_pipeline.agents.usage import MessageUsage, as_list, as_mapping, parse_object
+from sandbox_pipeline.agents.usage import MessageUsage, as_list, as_mapping
 from sandbox_pipeline.config import AgentConfig
 from sandbox_pipeline.errors import AgentError, ConfigError, FailureClass
 from sandbox_pipeline.records import AgentResult, Outcome
@@ -36,7 +33,6 @@ if TYPE_CHECKING:
 
 SDK_VARIABLES = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
 MAX_ANSWER_TOKENS = 32_000
-MAX_CONVERSATION_BYTES = 100_000_000
 ANSWER_SECONDS = 600.0
 TRIES = 6
 FIRST_PAUSE_SECONDS = 1.0
@@ -81,7 +77,7 @@ class AnthropicAgent:
             # The environment is another than the one that was validated.
             raise AgentError(FailureClass.CONFIG, str(error)) from error
         meter = Meter(prices, task.config.max_budget_usd, None)
-        conversation = await _Conversation.load(sandbox, task, credential, meter)
+        conversation = await Conversation.load(sandbox, task, credential, meter)
         with TranscriptWriter(task.artifacts / "transcript.jsonl", task.redactor) as transcript:
             _write_history(transcript, task, conversation)
             async with _client(url, credential) as client:
@@ -103,115 +99,12 @@ class _ApiError(Exception):
 
 
 @dataclass
-class _Conversation:
-    """What was said, with what it cost and how long it took.
-
-    It is saved where the agent's commands can write, so it carries a keyed digest.
-    """
-
-    sandbox: Sandbox
-    folder: str
-    secret: bytes
-    meter: Meter
-    messages: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    seconds_before: float = 0.0
-    stop_reason: str = ""
-    began: float = field(default_factory=time.monotonic)
-
-    @classmethod
-    async def load(
-        cls, sandbox: Sandbox, task: Task, credential: Credential, meter: Meter
-    ) -> _Conversation:
-        """The saved conversation, or a new one."""
-        folder = folder_of(f"agent-{task.attempt}")
-        scope = f"{sandbox.sandbox_id}/{task.workflow_id}/{task.fork_num}/{task.attempt}"
-        secret = f"{credential.value}\0{scope}".encode()
-        conversation = cls(sandbox, folder, secret, meter)
-        try:
-            data = await sandbox.read(conversation.path, max_bytes=MAX_CONVERSATION_BYTES)
-        except FileNotFoundError:
-            first = {"role": "user", "content": [{"type": "text", "text": task.prompt}]}
-            conversation.messages.append(first)
-            await conversation.save()
-            return conversation
-        conversation._take(data)
-        return conversation
-
-    @property
-    def path(self) -> str:
-        return f"{self.folder}/messages.json"
-
-    @property
-    def seconds(self) -> float:
-        """How long the agent worked, in all runs."""
-        return self.seconds_before + time.monotonic() - self.began
-
-    @property
-    def turns(self) -> int:
-        return sum(1 for message in self.messages if message["role"] == "assistant")
-
-    @property
-    def wanted_tools(self) -> list[Mapping[str, Any]]:
-        """Those of the latest answer that have no result yet."""
-        content: list[Mapping[str, Any]] = []
-        done: set[Any] = set()
-        for message in self.messages[-2:]:
-            if message["role"] == "assistant":
-                content = message["content"]
-            else:
-                done |= {block.get("tool_use_id") for block in message["content"]}
-        wanted = [block for block in content if block.get("type") == "tool_use"]
-        return [block for block in wanted if block["id"] not in done]
-
-    def add_answer(self, content: list[dict[str, Any]], stop_reason: str) -> None:
-        self.messages.append({"role": "assistant", "content": content})
-        self.stop_reason = stop_reason
-
-    def add_user(self, block: dict[str, Any]) -> None:
-        if self.messages[-1]["role"] == "assistant":
-            self.messages.append({"role": "user", "content": []})
-        self.messages[-1]["content"].append(block)
-
-    async def save(self) -> None:
-        """Keep it for a run that comes after a crash."""
-        said = json.dumps(
-            {
-                "messages": self.messages,
-                "stop_reason": self.stop_reason,
-                "seconds": self.seconds,
-                "sums": self.meter.dump(),
-            }
-        )
-        data = json.dumps({"digest": self._digest(said), "said": said}).encode()
-        await self.sandbox.write(self.path, data)
-
-    def _take(self, data: bytes) -> None:
-        outer = parse_object(data.decode("utf-8", "replace")) or {}
-        said, digest = outer.get("said"), outer.get("digest")
-        if (
-            not isinstance(said, str)
-            or not isinstance(digest, str)
-            or not hmac.compare_digest(digest.encode(), self._digest(said).encode())
-        ):
-            msg = "the saved conversation was changed in the sandbox, or the key since replaced"
-            raise AgentError(FailureClass.BAD_RESULT, msg)
-        saved = json.loads(said)
-        self.messages = saved["messages"]
-        self.stop_reason = saved["stop_reason"]
-        self.seconds_before = saved["seconds"]
-        self.meter.restore(saved["sums"])
-
-    def _digest(self, said: str) -> str:
-        return hmac.new(self.secret, said.encode(), hashlib.sha256).hexdigest()
-
-
-@dataclass
 class _Loop:
     client: anthropic.AsyncAnthropic
     sandbox: Sandbox
     task: Task
     reporter: Reporter
-    conversation: _Conversation
+    conversation: Conversation
     transcript: TranscriptWriter
 
     async def run(self) -> AgentResult:
@@ -261,7 +154,7 @@ class _Loop:
             return None
         if reason == "pause_turn":
             return None
-        said = _last_words(conversation.messages[-1])
+        said = conversation.last_words
         if reason in {"refusal", "model_context_window_exceeded"}:
             return self._failed(f"the model stopped: {reason}" + (f": {said}" if said else ""))
         return self._result(Outcome.SUCCESS, said)
@@ -355,7 +248,7 @@ class _Loop:
                 self._count(usage)
             raise
         blocks = map(as_mapping, as_list(message.to_dict().get("content")))
-        content = [_kept(block) for block in blocks if block.get("text") != ""]
+        content = [kept_block(block) for block in blocks if block.get("text") != ""]
         conversation.add_answer(content, message.stop_reason or "end_turn")
         await conversation.save()
         for block in content:
@@ -440,25 +333,7 @@ def _unreachable(error: Exception) -> str:
     return f"the model API can't be reached: {type(cause).__name__}"
 
 
-def _kept(block: Mapping[str, Any]) -> dict[str, Any]:
-    """What goes back to the API of one block of an answer."""
-    fields = {
-        "text": ("text",),
-        "thinking": ("thinking", "signature"),
-        "redacted_thinking": ("data",),
-        "tool_use": ("id", "name", "input"),
-    }.get(str(block.get("type")))
-    if fields is None:
-        return {name: value for name, value in block.items() if value is not None}
-    return {"type": block["type"], **{name: block[name] for name in fields if name in block}}
-
-
-def _last_words(message: Mapping[str, Any]) -> str:
-    texts = [block["text"] for block in message["content"] if block.get("type") == "text"]
-    return "\n".join(texts)[-2000:]
-
-
-def _write_history(transcript: TranscriptWriter, task: Task, conversation: _Conversation) -> None:
+def _write_history(transcript: TranscriptWriter, task: Task, conversation: Conversation) -> None:
     transcript.add("prompt", task.prompt)
     for message in conversation.messages[1:]:
         for block in as_list(message["content"]):

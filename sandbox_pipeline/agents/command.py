@@ -10,10 +10,14 @@ from sandbox_pipeline.agents.base import Reporter, Task
 from sandbox_pipeline.agents.detached import Finished, Job, run_detached
 from sandbox_pipeline.agents.output import OutputLog
 from sandbox_pipeline.agents.transcript import TranscriptWriter
+from sandbox_pipeline.agents.usage import PARSERS, parse_usage
 from sandbox_pipeline.config import AgentConfig
 from sandbox_pipeline.errors import ConfigError, FailureClass
 from sandbox_pipeline.records import AgentResult, Outcome
 from sandbox_pipeline.sandboxes.base import WORKSPACE, Network, Sandbox
+
+
+MAX_USAGE_BYTES = 20_000_000
 
 
 class CommandAgent:
@@ -22,10 +26,13 @@ class CommandAgent:
     kind = "command"
     network: Network = "none"
 
-    def validate(self, config: AgentConfig, environ: Mapping[str, str]) -> None:
+    def validate(
+        self, config: AgentConfig, environ: Mapping[str, str], *, provider: str
+    ) -> None:
         """See `Agent.validate`."""
-        if config.usage_format != "none":
-            msg = f"agent.usage_format: unknown format {config.usage_format!r}; known: none"
+        if config.usage_format not in PARSERS:
+            known = ", ".join(PARSERS)
+            msg = f"agent.usage_format: {config.usage_format!r} is unknown; known are: {known}"
             raise ConfigError(msg)
         missing = [name for name in config.env_from if name not in environ]
         if missing:
@@ -63,8 +70,17 @@ class CommandAgent:
 
                 finished = await run_detached(sandbox, f"agent-{task.attempt}", job, on_output)
                 log.finish()
+            report = parse_usage(task.config.usage_format, _end_of_output(task))
             result = _result(finished, argv[0], list(last), task.config)
-            result = result.model_copy(update={"secret_leak": log.leaked or transcript.leaked})
+            result = result.model_copy(
+                update={
+                    "secret_leak": log.leaked or transcript.leaked,
+                    "usage": report.usage,
+                    "turns": report.turns,
+                    "model": report.model,
+                    "cost_basis": "unknown" if report.usage.cost_usd is None else "reported",
+                }
+            )
             transcript.add("result", result.message, data={"exit_code": result.exit_code})
         return result
 
@@ -93,6 +109,14 @@ def agent_env(task: Task) -> dict[str, str]:
     }
 
 
+def _end_of_output(task: Task) -> str:
+    """What the usage is read from; agents report it last."""
+    path = task.artifacts / "stdout.log"
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - MAX_USAGE_BYTES))
+        return file.read().decode("utf-8", "replace")
+
+
 def _result(finished: Finished, program: str, last: list[str], config: AgentConfig) -> AgentResult:
     said = " | ".join(last)[-500:]
     truncated = finished.dropped_bytes > 0
@@ -101,7 +125,8 @@ def _result(finished: Finished, program: str, last: list[str], config: AgentConf
         return AgentResult(
             outcome=Outcome.TIMEOUT,
             exit_code=code,
-            message=f"the agent worked longer than agent.timeout_seconds ({config.timeout_seconds:g} s)",
+            message="the agent worked longer than agent.timeout_seconds "
+            f"({config.timeout_seconds:g} s)",
             output_truncated=truncated,
         )
     if code == 0:

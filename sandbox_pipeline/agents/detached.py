@@ -56,21 +56,21 @@ class Finished:
     dropped_bytes: int
 
 
-# mkdir is atomic: a second start of the same job finds `started` and does nothing. dd copies
-# what a read gives at once (head -c would hold it back in its buffer) and stops at the cap;
-# wc then drains and counts the rest, so that the command never blocks on a full pipe. Children
-# that outlive the command may hold the pipes open, so the wait for the copies is bounded.
+# mkdir is atomic: a second start of the same job finds `started` and does nothing. head stops at
+# the cap, and without stdbuf would hold back what it has read; wc then drains and counts the rest,
+# so that the command never blocks on a full pipe. Children that outlive the command may hold the
+# pipes open, so the wait for the copies is bounded.
 _SCRIPT = """\
 cd {folder} || exit 1
 mkdir started 2>/dev/null || exit 0
 echo $$ > pid
 mkfifo out.pipe err.pipe
-(dd of=stdout bs=65536 iflag=count_bytes count={cap} status=none; wc -c > stdout.dropped) < out.pipe &
+(stdbuf -o0 head -c {cap} > stdout; wc -c > stdout.dropped) < out.pipe &
 out=$!
-(dd of=stderr bs=65536 iflag=count_bytes count={cap} status=none; wc -c > stderr.dropped) < err.pipe &
+(stdbuf -o0 head -c {cap} > stderr; wc -c > stderr.dropped) < err.pipe &
 err=$!
 read -r began rest < /proc/uptime
-(cd {cwd} && {env}exec timeout --signal=INT --kill-after={kill_after} {seconds} {argv}) \\
+(cd {cwd} && exec timeout --signal=INT --kill-after={kill_after} {seconds} {argv}) \\
   < {stdin} > out.pipe 2> err.pipe
 code=$?
 read -r ended rest < /proc/uptime
@@ -119,7 +119,6 @@ async def _start(sandbox: Sandbox, folder: str, job: Job) -> None:
         folder=shlex.quote(folder),
         cap=job.max_output_bytes,
         cwd=shlex.quote(job.cwd),
-        env="".join(f"export {name}={shlex.quote(text)}; " for name, text in job.env.items()),
         kill_after=KILL_AFTER_SECONDS,
         seconds=job.timeout_seconds,
         argv=shlex.join(job.argv),
@@ -128,7 +127,8 @@ async def _start(sandbox: Sandbox, folder: str, job: Job) -> None:
     path = f"{folder}/run.sh"
     await sandbox.write(path, script.encode("utf-8", "surrogateescape"))
     launch = f"setsid nohup sh {shlex.quote(path)} < /dev/null > /dev/null 2>&1 &"
-    await sandbox.run(Command(["sh", "-c", launch]))
+    # By the environment and not in the script: it may hold secrets, and files are forgotten.
+    await sandbox.run(Command(["sh", "-c", launch], env=job.env))
 
 
 async def _follow(sandbox: Sandbox, folder: str, job: Job, on_output: OnOutput) -> Finished:
@@ -139,7 +139,8 @@ async def _follow(sandbox: Sandbox, folder: str, job: Job, on_output: OnOutput) 
         ended = await _read(sandbox, f"{folder}/exit", 0, 200)
         grew = False
         for stream in offsets:
-            while chunk := await _read(sandbox, f"{folder}/{stream}", offsets[stream], CHUNK_BYTES):
+            path = f"{folder}/{stream}"
+            while chunk := await _read(sandbox, path, offsets[stream], CHUNK_BYTES):
                 offsets[stream] += len(chunk)
                 grew = True
                 await on_output(stream, chunk)

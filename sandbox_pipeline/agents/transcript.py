@@ -55,18 +55,17 @@ class TranscriptWriter:
             return
         if len(text) > MAX_TEXT:
             text = f"{text[:MAX_TEXT]}… ({len(text)} characters)"
+        # JSON allows halves of surrogate pairs in strings, UTF-8 does not.
+        text = text.encode("utf-8", "replace").decode("utf-8")
         entry = Entry(time=time.time(), type=entry_type, text=text, **fields)
-        line = entry.model_dump_json(exclude_none=True, exclude_defaults=False).encode() + b"\n"
+        line = entry.model_dump_json(exclude_none=True).encode() + b"\n"
         line, leaked = self._redactor.clean(line)
         self.leaked = self.leaked or leaked
         if self._written + len(line) > MAX_TRANSCRIPT_BYTES:
             self.truncated = True
-            line = (
-                Entry(time=time.time(), type="system", text="transcript is full; the rest is in the logs")
-                .model_dump_json(exclude_none=True)
-                .encode()
-                + b"\n"
-            )
+            full = "transcript is full; the rest is in the logs"
+            last = Entry(time=time.time(), type="system", text=full)
+            line = last.model_dump_json(exclude_none=True).encode() + b"\n"
         self._file.write(line)
         self._file.flush()
         self._written += len(line)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sandbox_pipeline.errors import ErrorKind, ProviderError
 from sandbox_pipeline.sandboxes.base import HOME, SandboxSpec
-from sandbox_pipeline.sandboxes.supervisor import ARGS_FD, LISTEN_FD, THIRD_FD
+from sandbox_pipeline.sandboxes.supervisor import ARGS_FD, INFO_FD, LIFELINE_FD, LISTEN_FD
 
 SHIM_INSIDE = "/run/sandbox/shim.py"
 PATH_INSIDE = "/usr/local/bin:/usr/bin:/bin"
@@ -129,10 +129,16 @@ def find_interpreter() -> Interpreter:
     return Interpreter(f"{sys.base_prefix}/bin/{version}", Path(sys.base_prefix))
 
 
-def command_line(bwrap: Path) -> list[str]:
-    """How bubblewrap is started; its options come through a file, out of the process list."""
-    shim = [find_interpreter().program, "-I", "-S", "-X", "utf8", SHIM_INSIDE, str(LISTEN_FD)]
-    return [str(bwrap), "--args", str(ARGS_FD), "--info-fd", str(THIRD_FD), *shim]
+def command_line(bwrap: Path, name: str) -> list[str]:
+    """How bubblewrap is started; its options come through a file, out of the process list.
+
+    Args:
+        bwrap: the program.
+        name: what the sandbox's first processes can be found by.
+    """
+    shim = [find_interpreter().program, "-I", "-S", "-X", "utf8", SHIM_INSIDE]
+    shim += [str(LISTEN_FD), str(LIFELINE_FD), name]
+    return [str(bwrap), "--args", str(ARGS_FD), "--info-fd", str(INFO_FD), *shim]
 
 
 def sandbox_options(spec: SandboxSpec, folder: Path) -> list[str]:

@@ -10,3 +10,10 @@ def local(host: ProviderHost) -> SandboxProvider:
     from sandbox_pipeline.sandboxes.local import LocalProvider
 
     return LocalProvider(host.home / "sandboxes")
+
+
+def e2b(host: ProviderHost) -> SandboxProvider:
+    """Sandboxes at E2B."""
+    from sandbox_pipeline.sandboxes.e2b import E2BProvider
+
+    return E2BProvider.from_environ(host.environ)

@@ -1,4 +1,4 @@
-"""Finds and kills all that descends from a process, where no namespace does it (`isolation: none`).
+"""Finds and kills processes where no namespace does it: without isolation, and at the start of one.
 
 Standard library only, since supervisor and shim use it. On Linux orphans come back to whoever is
 their subreaper, so that nothing escapes; elsewhere a process whose parents ended is not found.
@@ -29,7 +29,7 @@ def kill_descendants(limit_seconds: float = 5.0) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     end = time.monotonic() + limit_seconds
     while time.monotonic() < end:
-        for pid in _descendants():
+        for pid in _below(os.getpid()):
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         try:
@@ -40,9 +40,48 @@ def kill_descendants(limit_seconds: float = 5.0) -> None:
         time.sleep(0.002)
 
 
-def _descendants() -> list[int]:
+def kill_below(root: int, limit_seconds: float = 1.0) -> None:
+    """Stop a process, so that it starts nothing more, and kill what descends from it."""
+    end = time.monotonic() + limit_seconds
+    with contextlib.suppress(OSError):
+        os.kill(root, signal.SIGSTOP)
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError, IndexError):
+            if _stat_fields(str(root))[0] not in "TtZX":
+                time.sleep(0.001)
+                continue
+        break
+    for pid in _below(root):
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def kill_named(name: str, limit_seconds: float = 2.0) -> None:
+    """Kill what has this name among its arguments or as `SANDBOX_NAME` in its environment."""
+    end = time.monotonic() + limit_seconds
+    while time.monotonic() < end:
+        found = [pid for pid in _pids() if _is_named(pid, name.encode())]
+        if not found:
+            return
+        for pid in found:
+            with contextlib.suppress(OSError):
+                os.kill(int(pid), signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _is_named(pid: str, name: bytes) -> bool:
+    if int(pid) == os.getpid():
+        return False
+    for file, entry in (("cmdline", name), ("environ", b"SANDBOX_NAME=" + name)):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/{file}", "rb") as stream:
+            if entry in stream.read().split(b"\0"):
+                return True
+    return False
+
+
+def _below(root: int) -> list[int]:
     parents = _parents() if sys.platform.startswith("linux") else _parents_by_ps()
-    found = [os.getpid()]
+    found = [root]
     for pid in found:
         found.extend(child for child, parent in parents.items() if parent == pid)
     return found[1:]
@@ -50,17 +89,23 @@ def _descendants() -> list[int]:
 
 def _parents() -> dict[int, int]:
     found: dict[int, int] = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError, IndexError, ValueError):
-                found[int(name)] = _parent(name)
+    for pid in _pids():
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            found[int(pid)] = int(_stat_fields(pid)[1])
     return found
 
 
-def _parent(pid: str) -> int:
+def _pids() -> list[str]:
+    try:
+        return [name for name in os.listdir("/proc") if name.isdigit()]
+    except OSError:
+        return []
+
+
+def _stat_fields(pid: str) -> list[str]:
     with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
         # The name before the last parenthesis may hold anything.
-        return int(file.read().rpartition(")")[2].split()[1])
+        return file.read().rpartition(")")[2].split()
 
 
 def _parents_by_ps() -> dict[int, int]:

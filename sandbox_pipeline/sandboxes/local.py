@@ -42,6 +42,7 @@ BASE_NAME = re.compile(r"base-[a-z0-9-]{1,63}")
 START_SECONDS = 20.0
 END_SECONDS = 15.0
 TERM_SECONDS = 8.0
+REMOVE_SECONDS = 1.0
 # What a failed start means once all that was started is gone again.
 KIND_WHEN_ABANDONED = {
     ErrorKind.GONE: ErrorKind.HOST,
@@ -121,10 +122,10 @@ class LocalProvider:
         folder = self._folder(sandbox.sandbox_id)
         name = f"base-{folder.sandbox_id.removeprefix('local-')}"
         place = self.root / "bases" / name
-        if folder.is_alive():
-            folder.keep_home()
-            await self._end(folder)
         with _host_errors(f"cannot keep {name}"):
+            if folder.is_alive():
+                folder.keep_home()
+                await self._end(folder)
             if not folder.home.is_dir() or not (folder.path / "keep").exists():
                 if place.is_dir():
                     return name
@@ -209,15 +210,17 @@ class LocalProvider:
     async def _end(self, folder: SandboxFolder) -> None:
         """Have the supervisor end the sandbox, or end the supervisor; return once it is gone."""
         begin = time.monotonic()
-        pause, signalled = 0.002, False
+        pause, signalled, ended = 0.002, False, 0.0
         while folder.is_locked():
             waited = time.monotonic() - begin
             if waited > END_SECONDS:
                 message = f"{folder.sandbox_id} does not end"
                 raise ProviderError(ErrorKind.AMBIGUOUS, message)
             if (folder.path / "ended.json").exists():
-                # Nothing runs any more; the supervisor is removing what there was.
-                if waited > TERM_SECONDS:
+                # Nothing runs any more; what there was may take the supervisor long to remove.
+                if not ended:
+                    ended = waited
+                elif waited - ended > REMOVE_SECONDS:
                     return
             elif waited > TERM_SECONDS:
                 folder.end(signal.SIGKILL)

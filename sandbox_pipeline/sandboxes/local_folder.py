@@ -12,14 +12,17 @@ import signal
 import socket
 import sys
 import time
+import zlib
 from collections.abc import Generator
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sandbox_pipeline.errors import ErrorKind, ProviderError
+from sandbox_pipeline.sandboxes.descendants import kill_named
 from sandbox_pipeline.sandboxes.limits import remove_cgroups
 from sandbox_pipeline.sandboxes.supervisor import (
+    TRASH,
     boot_seconds,
     locked,
     read_text,
@@ -28,7 +31,6 @@ from sandbox_pipeline.sandboxes.supervisor import (
 from sandbox_pipeline.sandboxes.trees import remove_tree
 
 SANDBOX_ID = re.compile(r"local-[a-z0-9-]{1,63}")
-TRASH = ".removing-"
 LONGEST_SOCKET_PATH = 100
 KEEP_ENDED_SECONDS = 86_400.0
 KEEP_TRASH_SECONDS = 600.0
@@ -68,6 +70,12 @@ class SandboxFolder:
         """The folder's name."""
         return self.path.name
 
+    @property
+    def name(self) -> str:
+        """What its processes and control groups are found by, unlike any other root's."""
+        place = zlib.crc32(os.fsencode(self.path))
+        return f"sandbox-pipeline-{self.sandbox_id}-{place:08x}"
+
     def claim(self) -> int | None:
         """Make the folder anew and lock it; None while the sandbox lives or is being made.
 
@@ -79,6 +87,7 @@ class SandboxFolder:
         if fd is None:
             return None
         try:
+            self._end_leftovers()
             self._clear(keep=("lock",))
         except OSError:
             os.close(fd)
@@ -164,17 +173,23 @@ class SandboxFolder:
         return True
 
     def remove(self) -> None:
-        """Remove the folder of a sandbox that is no more; leave one that lives."""
-        fd = None
-        with contextlib.suppress(OSError):
-            fd = self._lock(fcntl.LOCK_EX)
-        if fd is None:
-            return
+        """Remove the folder of a sandbox that has ended, or leave that to its supervisor."""
+        if not self._remove_now():
+            # Without the mark, such as where the disk is full, `tidy` does it a day later.
+            with contextlib.suppress(OSError):
+                write_text(str(self.path / "discard"), "")
+            self._remove_now()
+
+    def _remove_now(self) -> bool:
+        """Remove the folder; False while somebody else has the lock."""
         try:
-            meta = self.meta()
-            if meta is not None:
-                # Those that a supervisor left behind that was killed.
-                remove_cgroups(tuple(map(Path, meta.cgroups)))
+            fd = self._lock(fcntl.LOCK_EX)
+        except OSError:
+            return True
+        if fd is None:
+            return False
+        try:
+            self._end_leftovers()
             # Out of sight first: whoever claims the name meanwhile makes a folder of its own.
             trash = self.path.with_name(f"{TRASH}{os.urandom(8).hex()}")
             with contextlib.suppress(OSError):
@@ -182,6 +197,7 @@ class SandboxFolder:
                 remove_tree(str(trash))
         finally:
             os.close(fd)
+        return True
 
     def listen(self) -> socket.socket:
         """A listening socket at `sock`, whatever the length of the path.
@@ -243,6 +259,18 @@ class SandboxFolder:
             pass
         os.close(fd)
         return None
+
+    def _end_leftovers(self) -> None:
+        """End what a supervisor left that was killed; only for whoever has the lock.
+
+        Processes are left only where it died within milliseconds of its start: bubblewrap asks to
+        die with its parent after it has started its first process, and that one later still.
+        """
+        if (self.path / "pid").exists() and not (self.path / "ended.json").exists():
+            kill_named(self.name)
+        meta = self.meta()
+        if meta is not None:
+            remove_cgroups(tuple(map(Path, meta.cgroups)))
 
     def _clear(self, *, keep: tuple[str, ...]) -> None:
         for entry in self.path.iterdir():

@@ -24,6 +24,7 @@ from sandbox_pipeline.sandboxes.trees import TooDeepError, tree_bytes
 
 ANSWER_SECONDS = 30.0
 LAST_WORDS_SECONDS = 2.0
+PING_STEP_SECONDS = 0.05
 SLOWEST_BYTES_PER_SECOND = 5e6
 LONGEST_HEADER_BYTES = 65_536
 NO_FILE = ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "EACCES", "ENAMETOOLONG", "ENXIO")
@@ -100,8 +101,20 @@ class LocalSandbox:
         return used
 
     async def ping(self, seconds: float) -> None:
-        """Return once the shim answers."""
-        await self._call({"op": "ping"}, seconds=seconds)
+        """Return once the shim answers.
+
+        Raises:
+            ProviderError: `GONE` as soon as the sandbox is seen to be no more; an end at its very
+                start may leave a process behind that holds the connection open.
+        """
+        call = asyncio.create_task(self._call({"op": "ping"}, seconds=seconds))
+        try:
+            while not (await asyncio.wait([call], timeout=PING_STEP_SECONDS))[0]:
+                if not self.folder.is_alive():
+                    raise self._gone()
+            await call
+        finally:
+            call.cancel()
 
     def _check(self, answer: Mapping[str, object]) -> None:
         if "error" in answer:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 from typing import cast
 
@@ -27,8 +26,7 @@ class SandboxStart:
         self.claimed = False
         self.launched = False
         self._lock: int | None = None
-        name = f"{folder.sandbox_id}-{zlib.crc32(os.fsencode(folder.path)):08x}"
-        self.plan = plan_limits(spec.config, f"sandbox-pipeline-{name}")
+        self.plan = plan_limits(spec.config, folder.name)
         self.meta = Meta(
             sandbox_id=folder.sandbox_id,
             metadata=dict(spec.metadata),
@@ -101,7 +99,7 @@ class SandboxStart:
         file = path / "bwrap.args"
         file.write_bytes(b"".join(os.fsencode(option) + b"\0" for option in options))
         descriptors.append(os.open(file, os.O_RDONLY))
-        return bubblewrap.command_line(cast("Path", self.bwrap)), {}
+        return bubblewrap.command_line(cast("Path", self.bwrap), self.folder.name), {}
 
     def _direct(self) -> tuple[list[str], dict[str, str]]:
         bubblewrap.shown_paths(self.spec, self.folder.home)
@@ -110,8 +108,9 @@ class SandboxStart:
         search_path = os.environ.get("PATH") or bubblewrap.PATH_INSIDE
         env = bubblewrap.environment(search_path, str(self.folder.home))
         program = [sys.executable, "-I", "-S", "-X", "utf8", str(shim.__file__)]
-        argv = [*program, str(supervisor.LISTEN_FD), str(supervisor.THIRD_FD)]
-        return argv, {**env, "TMPDIR": str(temporary)}
+        fds = [str(supervisor.LISTEN_FD), str(supervisor.LIFELINE_FD)]
+        env |= {"TMPDIR": str(temporary), "SANDBOX_NAME": self.folder.name}
+        return [*program, *fds, self.folder.name, "direct"], env
 
     def _limit_options(self) -> list[str]:
         plan = self.plan

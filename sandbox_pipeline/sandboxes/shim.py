@@ -1,14 +1,15 @@
 """Runs inside a local sandbox and does there what the host asks over one inherited socket.
 
-Started as `python3 -I -S shim.py LISTEN_FD [LIFELINE_FD]`; standard library only, Python >= 3.9,
-few imports, since every sandbox pays for them. Nothing inside can reach the socket by a path. Each
-connection carries one request and is served by a process of its own, so that none blocks another.
+Started as `python3 -I -S shim.py LISTEN_FD LIFELINE_FD NAME [direct]`; standard library only,
+Python >= 3.9, few imports, since every sandbox pays for them. Nothing inside can reach the socket
+by a path. Each connection carries one request and is served by a process of its own, so that none
+blocks another. NAME is there to be found by.
 
 A message is a 4-byte length of a JSON header, an 8-byte length of a body (both big-endian), the
 header, the body. A request's header has `op`; an answer's has `error` where the request failed.
 
-With a lifeline (no isolation), the shim ends all its descendants once the other end is closed,
-which is when the supervisor died.
+Ends once the other end of the lifeline is closed, which is when the supervisor died: with `direct`
+(no isolation) by killing all its descendants, else bubblewrap's first process does that.
 """
 
 # ruff: noqa: PTH103, PTH104, PTH108, PTH118, PTH120, PTH123, PTH208 (pathlib is slow to import)
@@ -44,25 +45,25 @@ EXIT_NOT_FOUND = 127
 
 
 def main() -> None:
-    """Serve until killed or, with a lifeline, until the supervisor is gone."""
+    """Serve until killed or until the supervisor is gone."""
     # Set by bubblewrap; it would be wrong for a command that runs elsewhere.
     os.environ.pop("PWD", None)
     listener = socket.socket(fileno=int(sys.argv[1]))
-    listener.set_inheritable(False)
+    lifeline = int(sys.argv[2])
+    direct = "direct" in sys.argv[4:]
     listener.settimeout(None)
     poll = select.poll()
-    poll.register(listener, select.POLLIN)
-    lifeline = -1
-    if len(sys.argv) > 2:
-        lifeline = int(sys.argv[2])
-        os.set_inheritable(lifeline, False)
-        poll.register(lifeline, select.POLLIN)
+    for fd in (listener.fileno(), lifeline):
+        os.set_inheritable(fd, False)
+        poll.register(fd, select.POLLIN)
+    if direct:
         _descendants().become_subreaper()
     signal.signal(signal.SIGCHLD, _reap)
     while True:
         ready = [fd for fd, _ in poll.poll()]
         if lifeline in ready:
-            _descendants().kill_descendants()
+            if direct:
+                _descendants().kill_descendants()
             return
         try:
             connection = listener.accept()[0]

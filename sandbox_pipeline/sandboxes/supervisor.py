@@ -4,14 +4,16 @@ Started as `python -I -S supervisor.py SANDBOX_ID KEY=VALUE... -- ARGV...`; stan
 few imports, since every sandbox pays for them. Keys:
 
 - `folder`: the sandbox's folder; `lock_fd`: its lock, held already and kept to the end;
-- `args_fd`, `listen_fd`: handed to ARGV as descriptors 3 and 4. Descriptor 5 takes bubblewrap's
-  `--info-fd` or, with `direct=1` (no isolation), is the lifeline of the shim;
+- `args_fd`, `listen_fd`: handed to ARGV as descriptors 3 and 4. Descriptor 5 is the lifeline, which
+  is closed when this process ends; descriptor 6 takes what bubblewrap's `--info-fd` says;
+- `direct=1`: there is no isolation, so that each process has to be found and killed;
 - `disk_bytes`: most that the home may use;
 - `rlimit=NAME:VALUE`, `cgroup=FOLDER`, `cgroup_value=FILE:VALUE`, `env=NAME=VALUE`: any number.
 
 The lock, not the process id, says that the sandbox lives. Ends it on SIGTERM (`killed`), when the
 time in `deadline` passed (`deadline`), when its home is too large (`disk_limit`) and when it ended
-by itself (`exited`); then writes `ended.json` and, unless there is a file `keep`, removes the home.
+by itself (`exited`). Then writes `ended.json`, which says that nothing runs any more, and removes
+the home unless there is a file `keep`, then the folder where there is a file `discard`.
 """
 
 # ruff: noqa: PTH103, PTH104, PTH106, PTH110, PTH120, PTH123 (pathlib is slow to import)
@@ -31,22 +33,28 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from typing import NoReturn
 if TYPE_CHECKING or __name__ != "__main__":
-    from sandbox_pipeline.sandboxes.descendants import become_subreaper, kill_descendants
+    from sandbox_pipeline.sandboxes.descendants import (
+        become_subreaper,
+        kill_below,
+        kill_descendants,
+    )
     from sandbox_pipeline.sandboxes.trees import TooDeepError, remove_tree, tree_bytes
 else:
     # Started by its path: to import the package would cost more than all the rest.
     sys.path.append(os.path.dirname(__file__))
-    from descendants import become_subreaper, kill_descendants
+    from descendants import become_subreaper, kill_below, kill_descendants
     from trees import TooDeepError, remove_tree, tree_bytes
 
 ARGS_FD = 3
 LISTEN_FD = 4
-THIRD_FD = 5
+LIFELINE_FD = 5
+INFO_FD = 6
 FIRST_FREE_FD = 10
 LONGEST_SLEEP_SECONDS = 60.0
 KILL_SECONDS = 5.0
 STDERR_KEPT_BYTES = 4096
 WALK_SHARE = 20
+TRASH = ".removing-"
 FINAL = "0"
 """What `deadline` holds once it is decided that the sandbox ends."""
 
@@ -125,8 +133,18 @@ class Supervisor:
         with contextlib.suppress(OSError):
             write_text(f"{self.folder}/stderr", self.stderr.decode("utf-8", "replace"))
             write_text(f"{self.folder}/ended.json", f'{{"reason": "{reason}"}}\n')
-            if not os.path.exists(f"{self.folder}/keep"):
-                remove_tree(self.home)
+        with contextlib.suppress(OSError):
+            self._remove()
+
+    def _remove(self) -> None:
+        if os.path.exists(f"{self.folder}/keep"):
+            return
+        remove_tree(self.home)
+        if os.path.exists(f"{self.folder}/discard"):
+            # Out of sight first: the name may be used again at once.
+            place = f"{os.path.dirname(self.folder)}/{TRASH}{os.urandom(8).hex()}"
+            os.rename(self.folder, place)
+            remove_tree(place)
 
     def _catch_signals(self) -> None:
         self.wake_fd, wake = os.pipe()
@@ -157,19 +175,20 @@ class Supervisor:
         stderr, stderr_write = os.pipe()
         os.set_blocking(stderr, False)
         self.stderr_fd = stderr
-        third, third_write = os.pipe()
+        lifeline, self.lifeline_fd = os.pipe()
+        self.info_fd, info = os.pipe()
         if self.direct:
             become_subreaper()
-            third, third_write = third_write, third
-        self.third_fd = third
+        handed = {LISTEN_FD: self.listen_fd, LIFELINE_FD: lifeline, INFO_FD: info}
+        if self.args_fd >= 0:
+            handed[ARGS_FD] = self.args_fd
         self.pid = os.fork()
         if not self.pid:
-            self._become(third_write, stderr_write)
-        for fd in (stderr_write, third_write, self.listen_fd, self.args_fd):
-            if fd >= 0:
-                os.close(fd)
+            self._become(handed, stderr_write)
+        for fd in (stderr_write, *handed.values()):
+            os.close(fd)
 
-    def _become(self, third: int, stderr: int) -> NoReturn:
+    def _become(self, handed: dict[int, int], stderr: int) -> NoReturn:
         try:
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ):
@@ -183,13 +202,10 @@ class Supervisor:
             for name, value in self.rlimits:
                 _limit(name, int(value))
             os.dup2(stderr, 2)
-            wanted = {LISTEN_FD: self.listen_fd, THIRD_FD: third}
-            if self.args_fd >= 0:
-                wanted[ARGS_FD] = self.args_fd
             # First out of the way, then into place: source and target numbers may overlap.
             moved = {
                 target: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE_FD)
-                for target, fd in wanted.items()
+                for target, fd in handed.items()
             }
             for target, fd in moved.items():
                 os.dup2(fd, target)
@@ -279,7 +295,10 @@ class Supervisor:
             kill_descendants()
             return
         # With the first process of its namespace all others die, before bubblewrap sees its end.
+        # Bubblewrap alone must not be killed early: that process would wait for it forever.
         inner = self._inner_pid()
+        if not inner:
+            kill_below(self.pid)
         end = time.monotonic() + KILL_SECONDS
         for pid in (inner, self.pid):
             if pid and not self._has_exited():
@@ -293,9 +312,9 @@ class Supervisor:
 
     def _inner_pid(self) -> int:
         """What bubblewrap's `--info-fd` says; 0 when it has not come so far."""
-        os.set_blocking(self.third_fd, False)
+        os.set_blocking(self.info_fd, False)
         try:
-            text = os.read(self.third_fd, 4096).decode("ascii", "replace")
+            text = os.read(self.info_fd, 4096).decode("ascii", "replace")
         except BlockingIOError:
             return 0
         digits = text.partition('"child-pid":')[2].strip().split("\n")[0].split(",")[0]

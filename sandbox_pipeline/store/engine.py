@@ -31,7 +31,11 @@ def open_engine(url: str) -> Engine:
     """
     try:
         parsed = sa.make_url(url)
-        engine = _sqlite_engine(parsed) if parsed.get_backend_name() == "sqlite" else _engine(parsed)
+        is_sqlite = parsed.get_backend_name() == "sqlite"
+        engine = _sqlite_engine(parsed) if is_sqlite else _engine(parsed)
+    except OSError as error:
+        msg = f"state store {url}: {error.strerror}; check that the folder exists and is writable"
+        raise StoreError(msg) from error
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         shown = url.split("@")[-1]
         msg = f"SANDBOX_PIPELINE_DB_URL: cannot use {shown!r}: {error}"

@@ -119,7 +119,7 @@ async def test_descriptors_of_the_host_are_not_handed_on(sandbox: Sandbox) -> No
     result = await python(sandbox, "import os; print(sorted(os.listdir('/proc/self/fd')))")
     assert result.stdout == b"['0', '1', '2', '3']\n"  # 3 lists the folder
     # bubblewrap's first process, and the shim with its listening socket.
-    for pid, most in ((1, 4), (2, 4)):
+    for pid, most in ((1, 5), (2, 5)):
         seen = await shell(sandbox, f"ls -l /proc/{pid}/fd | grep -v ' /dev/null$'")
         assert seen.stdout.count(b"->") <= most, seen.stdout
         assert b"/lock" not in seen.stdout

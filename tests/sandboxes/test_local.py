@@ -86,6 +86,27 @@ def holders_of(marker: str) -> list[str]:
     return found
 
 
+def mentions_of(text: str) -> list[str]:
+    """Command lines of the processes, of whatever kind, that mention this."""
+    found: list[str] = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            line = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+            if text.encode() in line:
+                found.append(line.decode("utf-8", "replace"))
+    return found
+
+
+def kill_supervisor_after(pid_file: Path, seconds: float) -> None:
+    """Kill a supervisor this long after it began."""
+    end = time.monotonic() + 10
+    while not pid_file.exists():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    time.sleep(seconds)
+    os.kill(int(pid_file.read_text()), signal.SIGKILL)
+
+
 def names_in(folder: Path) -> list[str]:
     """What is in a folder; nothing where there is none."""
     return [entry.name for entry in folder.iterdir()] if folder.exists() else []
@@ -252,7 +273,7 @@ class Shared:
         made = await provider.create(self.spec(config={"disk_mb": 16}))
         program = """
             import os, time
-            for n in range(3000):
+            for n in range(600):
                 os.mkdir("d" * 50); os.chdir("d" * 50)
             time.sleep(20)
         """
@@ -270,16 +291,30 @@ class Shared:
     async def test_cancelled_creation_leaves_nothing(
         self, provider: LocalProvider, root: Path
     ) -> None:
-        for pause in (0.0, 0.005, 0.02, 0.04, 0.05, 0.06, 0.08):
+        for milliseconds in (0, 5, 20, 30, 35, 40, 45, 50, 55, 60, 80):
             spec = self.spec()
             creation = asyncio.create_task(provider.create(spec))
-            await asyncio.sleep(pause)
+            await asyncio.sleep(milliseconds / 1000)
             creation.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await creation
                 await provider.kill(f"local-{spec.lease_id}")
-            assert processes_of(f"local-{spec.lease_id}") == [], pause
-            assert names_in(root) == [], pause
+            assert mentions_of(spec.lease_id) == [], milliseconds
+            assert names_in(root) == [], milliseconds
+
+    async def test_supervisors_death_at_the_start_leaves_nothing(
+        self, provider: LocalProvider, root: Path
+    ) -> None:
+        for milliseconds in range(0, 30, 3):
+            spec = self.spec()
+            sandbox_id = f"local-{spec.lease_id}"
+            creation = asyncio.create_task(provider.create(spec))
+            kill = partial(kill_supervisor_after, root / sandbox_id / "pid", milliseconds / 1000)
+            await asyncio.to_thread(kill)
+            with contextlib.suppress(ProviderError):
+                await creation
+            await provider.kill(sandbox_id)
+            assert mentions_of(spec.lease_id) == [], milliseconds
 
     async def test_garbage_in_the_root_is_tolerated(
         self, provider: LocalProvider, root: Path
@@ -310,6 +345,21 @@ class Shared:
         await provider.discard_base(base)
         await provider.discard_base(base)
         assert list((root / "bases").iterdir()) == []
+
+    async def test_kill_does_not_wait_for_much_data_to_be_removed(
+        self, provider: LocalProvider, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("sandbox_pipeline.sandboxes.local.REMOVE_SECONDS", 0.01)
+        made = await provider.create(self.spec())
+        script = "for n in $(seq 40); do mkdir $n; (cd $n; seq 150 | xargs touch); done"
+        assert (await shell(made, script, cwd=WORKSPACE)).exit_code == 0
+        assert await provider.kill(made.sandbox_id)
+        assert await ids(provider, {}) == set()
+
+        async def removed() -> bool:
+            return names_in(root) == []
+
+        await wait_until(removed)
 
     async def test_snapshot_asked_for_again_is_the_same(self, provider: LocalProvider) -> None:
         made = await provider.create(self.spec())

@@ -194,7 +194,8 @@ class Processes(process_connect.Process):
                 stdin=request.stdin if request.has_field("stdin") else True,
             )
         )
-        async for event in _events(machine, process, ctx.timeout_ms, kill_at_deadline=True):
+        queue = process.from_the_start
+        async for event in _events(machine, process, queue, ctx.timeout_ms, kill_at_end=True):
             yield ps.StartResponse(event=event)
 
     async def connect(
@@ -205,7 +206,8 @@ class Processes(process_connect.Process):
     ) -> AsyncIterator[ps.ConnectResponse]:
         machine = self._find.machine(ctx.request_headers)
         process = self._process(machine, request.process)
-        async for event in _events(machine, process, ctx.timeout_ms, kill_at_deadline=False):
+        queue = process.watch()
+        async for event in _events(machine, process, queue, ctx.timeout_ms, kill_at_end=False):
             yield ps.ConnectResponse(event=event)
 
     async def send_input(
@@ -253,9 +255,13 @@ class Processes(process_connect.Process):
 
 
 async def _events(
-    machine: Machine, process: Process, timeout_ms: float | None, *, kill_at_deadline: bool
+    machine: Machine,
+    process: Process,
+    queue: asyncio.Queue[tuple[str, bytes]],
+    timeout_ms: float | None,
+    *,
+    kill_at_end: bool,
 ) -> AsyncIterator[ps.ProcessEvent]:
-    queue = process.watch()
     loop = asyncio.get_running_loop()
     deadline = None if timeout_ms is None else loop.time() + timeout_ms / 1000
     try:
@@ -266,7 +272,7 @@ async def _events(
                 async with asyncio.timeout_at(deadline):
                     stream, data = await queue.get()
             except TimeoutError:
-                if kill_at_deadline:
+                if kill_at_end:
                     await _told(machine.signal(process.pid, 9))
                 raise ConnectError(Code.DEADLINE_EXCEEDED, "context deadline exceeded") from None
             if stream == "end":
@@ -276,6 +282,9 @@ async def _events(
             else:
                 piece = ps.ProcessEvent.DataEvent(output=Oneof("stderr", data))
             yield ps.ProcessEvent(event=Oneof("data", piece))
+        if not machine.running:
+            msg = "the connection to the sandbox ended before the stream completed"
+            raise ConnectError(Code.UNAVAILABLE, msg)
         code = process.exit_code if process.exit_code is not None else -1
         end = ps.ProcessEvent.EndEvent(exit_code=code, exited=True, status=f"exit status {code}")
         if code:

@@ -38,11 +38,16 @@ class Process:
         self.exit_code: int | None = None
         self.exited = asyncio.Event()
         self._watchers: list[asyncio.Queue[tuple[str, bytes]]] = []
+        self._ended = False
+        # Whoever starts it misses nothing, however soon it ends.
+        self.from_the_start = self.watch()
 
     def watch(self) -> asyncio.Queue[tuple[str, bytes]]:
         """What it writes from now on; a last item `("end", b"")`."""
         queue: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue(maxsize=64)
         self._watchers.append(queue)
+        if self._ended:
+            queue.put_nowait(("end", b""))
         return queue
 
     def unwatch(self, queue: asyncio.Queue[tuple[str, bytes]]) -> None:
@@ -53,6 +58,7 @@ class Process:
 
     async def publish(self, stream: str, data: bytes) -> None:
         """Hand to all who watch."""
+        self._ended = self._ended or stream == "end"
         for queue in list(self._watchers):
             await queue.put((stream, data))
 
@@ -100,6 +106,11 @@ class Machine:
         asyncio.get_running_loop().add_reader(ours.fileno(), self._readable)
         await self._ask("stat", path=HOME)
 
+    @property
+    def running(self) -> bool:
+        """Whether its agent still answers."""
+        return self._channel is not None
+
     def _command_line(self, descriptor: int) -> list[str]:
         python = str(Path(sys.base_prefix) / "bin" / "python3")
         line = [_bwrap(), "--die-with-parent", "--unshare-user", "--uid", "1000", "--gid", "1000"]
@@ -139,6 +150,9 @@ class Machine:
             # The agent is gone once the channel is at its end, and with it the whole PID namespace.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closed.wait(), 5)
+        # Those who watch are told first.
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=2)
         for task in self._tasks:
             task.cancel()
         await asyncio.to_thread(shutil.rmtree, self.root, True)
