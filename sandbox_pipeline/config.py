@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,6 +15,8 @@ from sandbox_pipeline.errors import ConfigError
 WORKFLOW_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 DEMO_REPO = "demo"
+SCHEDULE_FIELDS = ("cron", "timezone")
+"""Of a named orchestration's file, beside the configuration itself."""
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -27,34 +29,39 @@ class AgentConfig(_Section):
     """What works on the prompt inside the sandbox."""
 
     kind: str = Field(
-        "command",
+        default="command",
         pattern=r"^[a-z][a-z0-9_]*$",
         description="Which agent works on the prompt: 'command' runs any command line; others "
         "plug in by the entry point group 'sandbox_pipeline.agents'.",
     )
     command: str | None = Field(
-        None,
+        default=None,
         description="Command line of the 'command' agent, split like a shell does but run without "
         "one. {prompt_file}, {workspace}, {model} and {fork_num} are replaced in each argument.",
     )
     usage_format: str = Field(
-        "none",
+        default="none",
         pattern=r"^[a-z][a-z0-9-]*$",
         description="How the 'command' agent reports tokens and cost on its standard output: "
         "claude-stream-json, codex-jsonl, gemini-json, opencode-jsonl, mini-json or none.",
     )
     timeout_seconds: float = Field(
-        7200,
+        default=7200,
         gt=0,
         le=86_400,
         description="Longest time the agent may work, in seconds. It is then interrupted and, "
         "5 seconds later, killed; the fork ends as 'timeout' and keeps its patch.",
     )
     max_turns: int = Field(
-        100, ge=1, le=10_000, description="Most model turns of one fork, for agents with turns."
+        default=100,
+        ge=1,
+        le=10_000,
+        description="Most model turns of one fork, for agents with turns.",
     )
     max_budget_usd: float | None = Field(
-        None, gt=0, description="Most US dollars one fork may spend on the model; empty: no limit."
+        default=None,
+        gt=0,
+        description="Most US dollars one fork may spend on the model; empty: no limit.",
     )
     env: dict[str, str] = Field(
         default_factory=dict,
@@ -67,30 +74,30 @@ class AgentConfig(_Section):
         "secrets included. Their values are redacted from everything stored.",
     )
     max_output_mb: float = Field(
-        100,
+        default=100,
         gt=0,
         le=10_000,
         description="How much of each of the agent's output streams is kept, in MB (10^6 bytes); "
         "the rest is dropped and the fork flagged.",
     )
     allowed_tools: list[str] | None = Field(
-        None,
+        default=None,
         description="Tools that 'claude_code' may use, such as 'Edit' or 'Bash(git *)'; all others "
         "are refused. Empty: every tool.",
     )
     append_system_prompt: str | None = Field(
-        None,
+        default=None,
         max_length=100_000,
         description="Text that 'claude_code' and 'anthropic' add to the system prompt.",
     )
     mcp_config: str | None = Field(
-        None,
+        default=None,
         max_length=100_000,
         description="MCP servers of 'claude_code': JSON, or the path of a file inside the sandbox. "
         "Those that the repository names itself are never started.",
     )
     claude_binary: str | None = Field(
-        None,
+        default=None,
         description="Claude Code's program on this machine, for local sandboxes; empty: 'claude' "
         "from the PATH.",
     )
@@ -138,7 +145,10 @@ class AgentConfig(_Section):
     @model_validator(mode="after")
     def _command_given(self) -> Self:
         if self.kind == "command" and self.command is None:
-            msg = "command is required when kind is 'command', for example: python3 agent.py {prompt_file}"
+            msg = (
+                "command is required when kind is 'command', for example: "
+                "python3 agent.py {prompt_file}"
+            )
             raise ValueError(msg)
         return self
 
@@ -147,48 +157,54 @@ class SandboxConfig(_Section):
     """The isolated place each fork works in."""
 
     provider: str = Field(
-        "auto",
+        default="auto",
         pattern=r"^[a-z][a-z0-9_]*$",
         description="Where forks run: 'local' (bubblewrap on this machine), 'e2b', or 'auto': "
         "e2b when E2B_API_KEY is set and the provider is installed, else local.",
     )
     isolation: Literal["bubblewrap", "none"] = Field(
-        "bubblewrap",
+        default="bubblewrap",
         description="How the local provider isolates. 'none' runs the agent as you, with your "
         "files and network in reach: only for code and agents that you trust.",
     )
     network: Literal["auto", "none", "model_api", "full"] = Field(
-        "auto",
+        default="auto",
         description="What a sandbox may reach: nothing, the model's API only, or everything. "
         "'auto' is the least that the agent needs.",
     )
     setup_network: Literal["same", "none", "full"] = Field(
-        "same",
+        default="same",
         description="Network while setup_command runs; closed again before the agent starts.",
     )
     template: str | None = Field(
-        None,
+        default=None,
         pattern=r"^[A-Za-z0-9_./:-]+$",
         description="Provider's image to start from; empty: the provider's default.",
     )
     orphan_grace_seconds: float = Field(
-        600,
+        default=600,
         ge=10,
         le=86_400,
         description="How long a sandbox lives on, in seconds, once nothing extends its life: the "
         "time in which a crashed run can be resumed and its agents re-attached.",
     )
     cpu: float | None = Field(
-        None, gt=0, le=256, description="CPU cores of each sandbox, where the provider can limit."
+        default=None,
+        gt=0,
+        le=256,
+        description="CPU cores of each sandbox, where the provider can limit.",
     )
     memory_mb: int | None = Field(
-        None, ge=64, le=1_048_576, description="Memory of each sandbox in MiB; empty: no limit."
+        default=None,
+        ge=64,
+        le=1_048_576,
+        description="Memory of each sandbox in MiB; empty: no limit.",
     )
     disk_mb: int | None = Field(
-        None, ge=16, le=10_485_760, description="Disk space of each sandbox in MiB."
+        default=None, ge=16, le=10_485_760, description="Disk space of each sandbox in MiB."
     )
     max_processes: int | None = Field(
-        None, ge=8, le=1_000_000, description="Most processes alive in one sandbox."
+        default=None, ge=8, le=1_000_000, description="Most processes alive in one sandbox."
     )
     read_only_paths: list[str] = Field(
         default_factory=list,
@@ -210,27 +226,33 @@ class HealthCheckConfig(_Section):
     """The gate between a new sandbox and the agent."""
 
     command: str | None = Field(
-        None,
+        default=None,
         description="Shell command run in the workspace; exit code 0 means healthy. Empty: the "
         "workspace must be at the base commit and writable.",
     )
-    attempts: int = Field(3, ge=1, le=100, description="How often the command is tried.")
+    attempts: int = Field(default=3, ge=1, le=100, description="How often the command is tried.")
     interval_seconds: float = Field(
-        1, ge=0, le=600, description="Pause between two tries, in seconds."
+        default=1, ge=0, le=600, description="Pause between two tries, in seconds."
     )
     timeout_seconds: float = Field(
-        60, gt=0, le=3600, description="Longest time one try may take, in seconds."
+        default=60, gt=0, le=3600, description="Longest time one try may take, in seconds."
     )
 
 
 class RetryConfig(_Section):
     """How often a stage of a fork is tried when the provider fails."""
 
-    attempts: int = Field(3, ge=1, le=20, description="Most tries of one stage of one fork.")
-    initial_seconds: float = Field(1, ge=0, le=600, description="Pause before the second try.")
-    factor: float = Field(2, ge=1, le=10, description="Each further pause is this times longer.")
+    attempts: int = Field(
+        default=3, ge=1, le=20, description="Most tries of one stage of one fork."
+    )
+    initial_seconds: float = Field(
+        default=1, ge=0, le=600, description="Pause before the second try."
+    )
+    factor: float = Field(
+        default=2, ge=1, le=10, description="Each further pause is this times longer."
+    )
     max_seconds: float = Field(
-        30,
+        default=30,
         ge=0,
         le=3600,
         description="Longest pause. A provider that asks for a longer one (Retry-After) fails "
@@ -241,27 +263,31 @@ class RetryConfig(_Section):
 class RateLimitConfig(_Section):
     """How fast sandboxes may be created, over all runs that share the store."""
 
-    starts: int = Field(5, ge=1, le=10_000, description="Most creations in any window.")
-    window_ms: int = Field(1000, ge=1, le=3_600_000, description="Length of the window, in ms.")
+    starts: int = Field(default=5, ge=1, le=10_000, description="Most creations in any window.")
+    window_ms: int = Field(
+        default=1000, ge=1, le=3_600_000, description="Length of the window, in ms."
+    )
 
 
 class OrchestrationConfig(_Section):
     """One request: a prompt, a repository, and how many forks work on it under which limits."""
 
     workflow_id: str | None = Field(
-        None,
+        default=None,
         description="Name of this orchestration, [a-z0-9-]{1,63}. Running again with the same "
         "name resumes it. Empty: made from the run.",
     )
     repo_url: str = Field(
-        DEMO_REPO,
+        default=DEMO_REPO,
         min_length=1,
         max_length=4096,
         description="Repository the forks work on: https://…, a local path, or 'demo', the small "
         "example that is made on the spot. Private: set GITHUB_TOKEN, never a token here.",
     )
     branch: str | None = Field(
-        None, max_length=255, description="Branch to start from; empty: the repository's own."
+        default=None,
+        max_length=255,
+        description="Branch to start from; empty: the repository's own.",
     )
     allow_file_urls: bool = Field(
         default=False, description="Accept file:// in repo_url (local paths need no permission)."
@@ -272,44 +298,50 @@ class OrchestrationConfig(_Section):
         max_length=1_000_000,
         description="What the agent is asked to do; handed over byte for byte, as a file.",
     )
-    num_forks: int = Field(3, ge=1, le=1000, description="How many attempts are made.")
+    num_forks: int = Field(default=3, ge=1, le=1000, description="How many attempts are made.")
     model: str = Field(
-        "sonnet",
+        default="sonnet",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,127}$",
         description="Model the agent uses, by alias or full name.",
     )
     max_concurrent: int = Field(
-        5, ge=1, le=1000, description="Most sandboxes of this orchestration alive at any time."
+        default=5,
+        ge=1,
+        le=1000,
+        description="Most sandboxes of this orchestration alive at any time.",
     )
     setup_command: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="Shell command run once in the workspace before it is copied for the forks, "
         "such as installing dependencies.",
     )
     setup_timeout_seconds: float = Field(
-        1800, gt=0, le=86_400, description="Longest time setup_command may take, in seconds."
+        default=1800,
+        gt=0,
+        le=86_400,
+        description="Longest time setup_command may take, in seconds.",
     )
     agent: AgentConfig
-    sandbox: SandboxConfig = Field(default_factory=lambda: SandboxConfig())
-    health_check: HealthCheckConfig = Field(default_factory=lambda: HealthCheckConfig())
-    retry: RetryConfig = Field(default_factory=lambda: RetryConfig())
-    rate_limit: RateLimitConfig = Field(default_factory=lambda: RateLimitConfig())
+    sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
+    health_check: HealthCheckConfig = Field(default_factory=HealthCheckConfig)
+    retry: RetryConfig = Field(default_factory=RetryConfig)
+    rate_limit: RateLimitConfig = Field(default_factory=RateLimitConfig)
     fail_run_below_success_rate: float | None = Field(
-        None,
+        default=None,
         ge=0,
         le=1,
         description="Fail the run when a smaller share of the forks succeeded; empty: never.",
     )
     max_patch_mb: float = Field(
-        50,
+        default=50,
         gt=0,
         le=10_000,
         description="How much of a fork's patch is kept, in MB (10^6 bytes); a larger one is cut "
         "and flagged.",
     )
     artifacts_dir: str | None = Field(
-        None,
+        default=None,
         description="Folder for patches, transcripts and logs; empty: SANDBOX_PIPELINE_ARTIFACTS, "
         "else 'artifacts' beside the Dagster instance.",
     )
@@ -361,14 +393,14 @@ def parse_config(data: object, *, source: str = "configuration") -> Orchestratio
         raise ConfigError(_explain(error, source)) from None
 
 
-def load_config(path: Path) -> OrchestrationConfig:
-    """Read and validate one YAML file.
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file, not validated yet.
 
     Raises:
-        ConfigError: naming the file and, where the YAML is readable, each wrong field.
+        ConfigError: naming the file, which is missing, unreadable or no mapping.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data: object = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         msg = f"{path}: no such file"
         raise ConfigError(msg) from None
@@ -378,7 +410,10 @@ def load_config(path: Path) -> OrchestrationConfig:
     except yaml.YAMLError as error:
         msg = f"{path}: not valid YAML: {' '.join(str(error).split())}"
         raise ConfigError(msg) from error
-    return parse_config(data, source=str(path))
+    if not isinstance(data, dict):
+        msg = f"{path}: expected a mapping of fields, got {type(data).__name__}"
+        raise ConfigError(msg)
+    return {str(name): value for name, value in cast("dict[object, Any]", data).items()}
 
 
 def _explain(error: ValidationError, source: str) -> str:

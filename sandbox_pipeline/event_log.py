@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 from dagster._config.config_schema import UserConfigSchema
@@ -46,14 +47,14 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
 
     @classmethod
     def from_config_value(
-        cls, inst_data: ConfigurableClassData | None, config_value: Mapping[str, str]
+        cls, inst_data: ConfigurableClassData | None, config_value: Any
     ) -> PooledSqliteEventLogStorage:
         """See Dagster's `ConfigurableClass.from_config_value`."""
         home = Path(os.environ.get("DAGSTER_HOME", "."))
         return cls(config_value.get("base_dir") or str(home / "history" / "runs"), inst_data)
 
     @contextmanager
-    def _connect(self, shard: str) -> Iterator[Connection]:
+    def _connect(self, shard: str) -> Generator[Connection]:
         # One connection at a time, as in the base, whose lock this is.
         with self._db_lock:
             engine = self._engine(shard)

@@ -84,7 +84,9 @@ def launch(
         msg = f"--url: {url!r} is not a URL: {error}"
         raise ConfigError(msg) from error
     except httpx.HTTPError as error:
-        msg = f"no Dagster webserver answers at {url} ({error}); start one with: sandbox-pipeline ui"
+        msg = (
+            f"no Dagster webserver answers at {url} ({error}); start one with: sandbox-pipeline ui"
+        )
         raise LaunchError(msg) from error
     except (ValueError, KeyError, TypeError) as error:
         msg = f"{url} answered, but not as a Dagster webserver with this location does"

@@ -123,16 +123,18 @@ async def create(
         await asyncio.sleep(pause)
 
 
-async def adopt(
-    runtime: Runtime, lease: Lease, retry: RetryConfig
-) -> tuple[Lease, Sandbox] | None:
+async def adopt(runtime: Runtime, lease: Lease, retry: RetryConfig) -> tuple[Lease, Sandbox] | None:
     """Find what a creation without an answer left: keep one sandbox, end any other.
 
     Raises:
         ProviderError: the list can't be read.
     """
     provider = runtime.provider(lease.provider)
-    wanted = {"app": APP, "deployment_id": await runtime.deployment_id(), "lease_id": lease.lease_id}
+    wanted = {
+        "app": APP,
+        "deployment_id": await runtime.deployment_id(),
+        "lease_id": lease.lease_id,
+    }
     found = list(await patiently(retry, lambda: provider.list(wanted)))
     for extra in found[1:]:
         await patiently(retry, lambda sandbox_id=extra.sandbox_id: provider.kill(sandbox_id))
@@ -155,7 +157,9 @@ async def end(runtime: Runtime, lease: Lease, retry: RetryConfig, *, note: str) 
             "deployment_id": await runtime.deployment_id(),
             "lease_id": lease.lease_id,
         }
-        targets = [item.sandbox_id for item in await patiently(retry, lambda: provider.list(wanted))]
+        targets = [
+            item.sandbox_id for item in await patiently(retry, lambda: provider.list(wanted))
+        ]
     else:
         targets = [lease.sandbox_id]
         lease = await runtime.store.update(
@@ -200,9 +204,7 @@ async def _now_live(runtime: Runtime, lease: Lease, sandbox: Sandbox) -> Lease:
     return await runtime.store.update(
         Lease,
         lease.key,
-        lambda it: it.evolve(
-            state=SandboxState.LIVE, sandbox_id=sandbox.sandbox_id, live_at=now()
-        ),
+        lambda it: it.evolve(state=SandboxState.LIVE, sandbox_id=sandbox.sandbox_id, live_at=now()),
     )
 
 

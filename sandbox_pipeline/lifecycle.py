@@ -167,7 +167,7 @@ class ForkLife:
             await self._fail(error.failure_class, str(error), stage=stage)
         except StoreError:
             raise
-        except Exception as error:  # noqa: BLE001 - the boundary: a fork's failure is a value
+        except Exception as error:
             logger.exception("%s: unexpected error in stage %s", self._key, stage)
             text = f"unexpected {type(error).__name__}: {error}"
             await self._fail(FailureClass.INTERNAL, text, stage=stage)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from sandbox_pipeline.records import Fork, Orchestration, Outcome
-from sandbox_pipeline.store import tables
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -219,20 +219,17 @@ async def cancel_now(runtime: Runtime, orchestration: Orchestration) -> None:
     await runtime.store.append(_completed_event(summary, alive))
 
 
-async def _open(
-    runtime: Runtime, config: OrchestrationConfig, workflow_id: str
-) -> Orchestration:
+async def _open(runtime: Runtime, config: OrchestrationConfig, workflow_id: str) -> Orchestration:
     key = orchestration_key(workflow_id)
     existing = await runtime.store.get(Orchestration, key)
     if existing is None:
         agent = runtime.agent(config.agent.kind)
-        root = Path(config.artifacts_dir or runtime.settings.artifacts).expanduser().absolute()
         new = Orchestration(
             workflow_id=workflow_id,
             config=config,
             provider=plugins.resolve_provider(config, runtime.environ),
             network=plugins.resolve_network(config, agent),
-            artifacts=str(root / workflow_id),
+            artifacts=str(_artifacts_root(runtime, config) / workflow_id),
             requested_at=now(),
         )
         await runtime.store.create_missing([new])
@@ -253,6 +250,12 @@ async def _open(
             Orchestration, key, lambda it: it.evolve(control=Control.RUN)
         )
     return existing
+
+
+def _artifacts_root(runtime: Runtime, config: OrchestrationConfig) -> Path:
+    if config.artifacts_dir is None:
+        return runtime.settings.artifacts
+    return Path(config.artifacts_dir).expanduser().absolute()
 
 
 async def _prepare(runtime: Runtime, orchestration: Orchestration, run_id: str) -> None:
@@ -321,9 +324,7 @@ async def _end_all(runtime: Runtime, orchestration: Orchestration, *, note: str)
             )
         )
         if lease.fork_num is not None and lease.live_at and gone.gone_at:
-            await _add_sandbox_seconds(
-                runtime, lease, gone.gone_at.seconds_since(lease.live_at)
-            )
+            await _add_sandbox_seconds(runtime, lease, gone.gone_at.seconds_since(lease.live_at))
         return True
 
     results = await asyncio.gather(*(end_one(lease) for lease in leases))

@@ -9,7 +9,7 @@ from typing import cast
 from sandbox_pipeline import demo, leasing
 from sandbox_pipeline.config import DEMO_REPO, OrchestrationConfig
 from sandbox_pipeline.errors import AgentError, ErrorKind, FailureClass, ProviderError
-from sandbox_pipeline.records import Lease, Orchestration, orchestration_key
+from sandbox_pipeline.records import Orchestration, orchestration_key
 from sandbox_pipeline.retrying import patiently
 from sandbox_pipeline.runtime import Runtime
 from sandbox_pipeline.sandboxes.base import WORKSPACE, Command, Network, Sandbox
@@ -148,14 +148,10 @@ async def _run_setup(sandbox: Sandbox, config: OrchestrationConfig) -> None:
         raise AgentError(FailureClass.SETUP_FAILED, msg)
 
 
-async def _snapshot(
-    runtime: Runtime, orchestration: Orchestration, sandbox: Sandbox
-) -> str | None:
+async def _snapshot(runtime: Runtime, orchestration: Orchestration, sandbox: Sandbox) -> str | None:
     provider = runtime.provider(orchestration.provider)
     try:
-        return await patiently(
-            orchestration.config.retry, lambda: provider.snapshot(sandbox)
-        )
+        return await patiently(orchestration.config.retry, lambda: provider.snapshot(sandbox))
     except ProviderError as error:
         if error.kind is not ErrorKind.INVALID:
             raise

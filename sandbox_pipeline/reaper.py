@@ -48,7 +48,9 @@ async def reap(runtime: Runtime, *, dry_run: bool = False) -> list[Reaped]:
         reason = await _why_not_needed(runtime, lease)
         if reason is not None:
             reaped.append(
-                Reaped(lease.provider, lease.sandbox_id or lease.lease_id, lease.workflow_id, reason)
+                Reaped(
+                    lease.provider, lease.sandbox_id or lease.lease_id, lease.workflow_id, reason
+                )
             )
             if not dry_run:
                 await _end(runtime, lease, reason)
@@ -64,9 +66,7 @@ async def reap(runtime: Runtime, *, dry_run: bool = False) -> list[Reaped]:
 
 async def _why_not_needed(runtime: Runtime, lease: Lease) -> str | None:
     orchestration = await runtime.store.get(Orchestration, orchestration_key(lease.workflow_id))
-    if orchestration is None:
-        return "its orchestration is not in the store"
-    if orchestration.completed_at is not None:
+    if orchestration is None or orchestration.completed_at is not None:
         return "its orchestration is over"
     if orchestration.owner is not None and not is_dead(orchestration.owner):
         return None

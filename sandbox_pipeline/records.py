@@ -164,6 +164,7 @@ class Lease(Record):
 
     @property
     def key(self) -> str:
+        """See `Record.key`."""
         return self.intent_key if self.sandbox_id is None else sandbox_key(self.sandbox_id)
 
     @property
@@ -217,6 +218,7 @@ class Fork(Record):
 
     @property
     def key(self) -> str:
+        """See `Record.key`."""
         return fork_key(self.workflow_id, self.fork_num)
 
     @property
@@ -276,6 +278,7 @@ class Orchestration(Record):
 
     @property
     def key(self) -> str:
+        """See `Record.key`."""
         return orchestration_key(self.workflow_id)
 
 
@@ -288,6 +291,7 @@ class Metrics(Record):
 
     @property
     def key(self) -> str:
+        """See `Record.key`."""
         return metrics_key(self.workflow_id)
 
 
@@ -301,6 +305,7 @@ class Deployment(Record):
 
     @property
     def key(self) -> str:
+        """See `Record.key`."""
         return self.KEY
 
 

@@ -183,9 +183,7 @@ class FakeAgent:
         self.runs: list[tuple[int, int]] = []
         """Fork and attempt of each run, in order."""
 
-    def validate(
-        self, config: AgentConfig, environ: Mapping[str, str], *, provider: str
-    ) -> None:
+    def validate(self, config: AgentConfig, environ: Mapping[str, str], *, provider: str) -> None:
         """See `Agent.validate`."""
 
     def mounts(self, config: AgentConfig, environ: Mapping[str, str]) -> Mapping[str, str]:

@@ -78,9 +78,7 @@ def agent() -> FakeAgent:
 
 
 @pytest.fixture
-async def runtime(
-    home: Path, provider: FaultyProvider, agent: FakeAgent
-) -> AsyncIterator[Runtime]:
+async def runtime(home: Path, provider: FaultyProvider, agent: FakeAgent) -> AsyncIterator[Runtime]:
     environ = dict(os.environ)
     settings = Settings.from_environ(environ, home=home)
     made = Runtime(

@@ -67,7 +67,15 @@ def test_the_demo_has_its_three_outcomes_and_names_every_place(home: Path) -> No
     assert cli("export", "--output", str(csv)).returncode == 0
     assert list(pd.read_csv(csv)["outcome"]) == ["success", "failed", "failed"]
     parquet = home / "all.parquet"
-    cli("export", "--table", "orchestration_summary", "--format", "parquet", "--output", str(parquet))
+    cli(
+        "export",
+        "--table",
+        "orchestration_summary",
+        "--format",
+        "parquet",
+        "--output",
+        str(parquet),
+    )
     assert pd.read_parquet(parquet)["succeeded"].tolist() == [1]
     lines = cli("export", "--format", "jsonl").stdout.splitlines()
     assert [json.loads(line)["fork_num"] for line in lines] == [0, 1, 2]
@@ -224,7 +232,11 @@ def test_output_is_capped_and_may_be_any_bytes(home: Path, repo: Path) -> None:
 
 @pytest.mark.parametrize(
     "prompt",
-    ["-leading", "a 'quote' \"double\" `tick` $(touch /tmp/x) \\ \n\nlines\r\n\ttab", "é" * 100_000],
+    [
+        "-leading",
+        "a 'quote' \"double\" `tick` $(touch /tmp/x) \\ \n\nlines\r\n\ttab",
+        "é" * 100_000,
+    ],
 )
 def test_the_prompt_arrives_byte_for_byte(
     home: Path, repo: Path, tmp_path: Path, prompt: str
@@ -277,7 +289,7 @@ def test_a_secret_that_the_agent_prints_is_nowhere(home: Path, repo: Path) -> No
         (["--provider", "nonsense"], "sandbox.provider: 'nonsense' is not installed"),
         (["--set", "agent.env_from=[NOT_SET_X]"], "not set in this environment: NOT_SET_X"),
         (["--set", "nonsense"], "--set: 'nonsense' is not FIELD=VALUE"),
-        (["--config", "/no/such.yaml"], "--config: no such file"),
+        (["--config", "/no/such.yaml"], "/no/such.yaml: no such file"),
         (["--prompt-file", "/no/such"], "--prompt-file: /no/such: No such file"),
         (["--prompt", ""], "prompt: String should have at least 1 character"),
     ],

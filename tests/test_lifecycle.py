@@ -229,9 +229,7 @@ async def test_a_finished_orchestration_is_not_done_again(
     assert sorted(agent.runs) == [(0, 1), (1, 1)]
 
 
-async def test_the_same_name_with_another_prompt_is_refused(
-    runtime: Runtime, config: Make
-) -> None:
+async def test_the_same_name_with_another_prompt_is_refused(runtime: Runtime, config: Make) -> None:
     await drive(runtime, config(), "w")
     with pytest.raises(Exception, match="another prompt"):
         await begin(runtime, config(prompt="else"), "w", "run-2", previous_ended=True)
@@ -322,9 +320,7 @@ async def test_setup_runs_once_and_every_fork_starts_from_its_result(
 ) -> None:
     setup = "date +%s%N > ../made && echo built > built.txt"
     check = {"command": "test -s built.txt && test -s ../made"}
-    done = await drive(
-        runtime, config(num_forks=3, setup_command=setup, health_check=check), "w"
-    )
+    done = await drive(runtime, config(num_forks=3, setup_command=setup, health_check=check), "w")
     assert outcomes(done.rows) == [("success", None)] * 3
     assert len(provider.ledger.created) == 4, "one to prepare, three forks"
     assert provider.ledger.alive == []

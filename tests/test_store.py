@@ -82,7 +82,11 @@ async def test_a_final_outcome_stays(store: Store) -> None:
 
 async def test_slots_are_counted_across_processes(store: Store, other: Store) -> None:
     answers = await asyncio.gather(
-        *(who.admit(lease(f"l{i}-{n}"), 3) for n, who in enumerate((store, other)) for i in range(5))
+        *(
+            who.admit(lease(f"l{i}-{n}"), 3)
+            for n, who in enumerate((store, other))
+            for i in range(5)
+        )
     )
     held = [answer for answer in answers if answer is not None]
     assert len(held) == 3
@@ -104,7 +108,10 @@ async def test_permits_keep_to_the_window_across_processes(store: Store, other: 
 
 async def test_events_keep_their_order_and_are_bounded(store: Store) -> None:
     await store.append(
-        *(Event(name=f"e{i}", workflow_id="w", time=0.0, payload={"x": "y" * 9999}) for i in range(3))
+        *(
+            Event(name=f"e{i}", workflow_id="w", time=0.0, payload={"x": "y" * 9999})
+            for i in range(3)
+        )
     )
     events = await store.events("w")
     assert [event.name for event in events] == ["e0", "e1", "e2"]
@@ -149,7 +156,7 @@ def test_a_store_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     connection = sqlite3.connect(path)
     connection.execute(f"CREATE TABLE {engine.VERSION_TABLE} (version_num VARCHAR(32))")
-    connection.execute(f"INSERT INTO {engine.VERSION_TABLE} VALUES ('9999')")
+    connection.execute(f"INSERT INTO {engine.VERSION_TABLE} VALUES ('9999')")  # noqa: S608 - a constant
     connection.commit()
     connection.close()
     with pytest.raises(StoreError, match="upgrade sandbox-pipeline"):

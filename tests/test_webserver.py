@@ -7,12 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from sandbox_pipeline import demo, launch
-from sandbox_pipeline.config import AgentConfig, OrchestrationConfig
+from sandbox_pipeline.config import parse_config
 from sandbox_pipeline.instance import ensure_home
 from sandbox_pipeline.launching import LaunchError
 from tests.processes import live_sandboxes, wait_until_gone
@@ -77,7 +76,7 @@ def test_the_launchpad_is_prefilled_with_the_demo_and_describes_each_field(
     schema = server.graphql(query)["runConfigSchemaOrError"]
     assert "repo_url: demo" in schema["rootDefaultYaml"]
     assert demo.PROMPT in schema["rootDefaultYaml"].replace("\n          ", " ")
-    fields = {
+    fields: dict[str, str] = {
         field["name"]: field["description"]
         for config_type in schema["allConfigTypes"]
         for field in config_type.get("fields") or []
@@ -88,12 +87,8 @@ def test_the_launchpad_is_prefilled_with_the_demo_and_describes_each_field(
 
 def test_bad_configuration_is_refused_by_the_webserver_before_a_run(server: Webserver) -> None:
     """As the launchpad sends it, past the check that `launch` makes on this side."""
-    config = OrchestrationConfig.model_construct(
-        _fields_set={"num_forks", "prompt", "agent"},
-        num_forks=0,
-        prompt="x",
-        agent=AgentConfig(command="true"),
-    )
+    config = parse_config({"prompt": "x", "agent": {"command": "true"}})
+    config = config.model_copy(update={"num_forks": 0})
     count = "{ runsOrError { ... on Runs { count } } }"
     before = server.graphql(count)
     with pytest.raises(LaunchError, match="num_forks: Input should be greater than or equal to 1"):
@@ -106,7 +101,9 @@ def test_a_repository_that_does_not_exist_fails_the_run_with_one_message(
 ) -> None:
     run_id = launch({**demo.CONFIG, "repo_url": "/no/such/repo"}, url=server.url)
     server.wait_for_status(run_id, "FAILURE")
-    assert any("repo_url: no such folder: /no/such/repo" in text for text in server.failures(run_id))
+    assert any(
+        "repo_url: no such folder: /no/such/repo" in text for text in server.failures(run_id)
+    )
 
 
 def test_cancel_ends_every_sandbox_and_the_run_stays_canceled(server: Webserver) -> None:
@@ -156,7 +153,9 @@ def test_a_schedule_that_is_turned_on_ticks_and_runs(server: Webserver) -> None:
         "repositoryName": "__repository__",
         "scheduleName": "nightly_schedule",
     }
-    start = """mutation($s: ScheduleSelector!) { startSchedule(scheduleSelector: $s) { __typename } }"""
+    start = (
+        """mutation($s: ScheduleSelector!) { startSchedule(scheduleSelector: $s) { __typename } }"""
+    )
     started = server.graphql(start, s=selector)["startSchedule"]["__typename"]
     assert started == "ScheduleStateResult"
     query = """query($s: ScheduleSelector!) { scheduleOrError(scheduleSelector: $s) {

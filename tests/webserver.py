@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class Webserver:
 
 
 @contextlib.contextmanager
-def running_webserver(home: Path, folder: Path, **environ: str) -> Iterator[Webserver]:
+def running_webserver(home: Path, folder: Path, **environ: str) -> Generator[Webserver]:
     """`dagster dev` as `sandbox-pipeline ui` starts it, until the block ends."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

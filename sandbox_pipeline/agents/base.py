@@ -65,9 +65,7 @@ class Agent(Protocol):
     network: Network
     """The least network that it needs; what `sandbox.network: auto` becomes."""
 
-    def validate(
-        self, config: AgentConfig, environ: Mapping[str, str], *, provider: str
-    ) -> None:
+    def validate(self, config: AgentConfig, environ: Mapping[str, str], *, provider: str) -> None:
         """Check what can be known before anything is created.
 
         Raises:

@@ -16,7 +16,6 @@ from sandbox_pipeline.errors import ConfigError, FailureClass
 from sandbox_pipeline.records import AgentResult, Outcome
 from sandbox_pipeline.sandboxes.base import WORKSPACE, Network, Sandbox
 
-
 MAX_USAGE_BYTES = 20_000_000
 
 
@@ -26,9 +25,7 @@ class CommandAgent:
     kind = "command"
     network: Network = "none"
 
-    def validate(
-        self, config: AgentConfig, environ: Mapping[str, str], *, provider: str
-    ) -> None:
+    def validate(self, config: AgentConfig, environ: Mapping[str, str], *, provider: str) -> None:
         """See `Agent.validate`."""
         if config.usage_format not in PARSERS:
             known = ", ".join(PARSERS)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from sandbox_pipeline.errors import AgentError, FailureClass
 from sandbox_pipeline.sandboxes.base import STATE_DIR, WORKSPACE, Command, Sandbox
 
+STREAMS = ("stdout", "stderr")
 KILL_AFTER_SECONDS = 5
 CHUNK_BYTES = 1_000_000
 LIVENESS_CHECK_SECONDS = 10.0
@@ -132,13 +133,13 @@ async def _start(sandbox: Sandbox, folder: str, job: Job) -> None:
 
 
 async def _follow(sandbox: Sandbox, folder: str, job: Job, on_output: OnOutput) -> Finished:
-    offsets = {"stdout": 0, "stderr": 0}
+    offsets = dict.fromkeys(STREAMS, 0)
     loop = asyncio.get_running_loop()
     began = checked = loop.time()
     while True:
         ended = await _read(sandbox, f"{folder}/exit", 0, 200)
         grew = False
-        for stream in offsets:
+        for stream in STREAMS:
             path = f"{folder}/{stream}"
             while chunk := await _read(sandbox, path, offsets[stream], CHUNK_BYTES):
                 offsets[stream] += len(chunk)

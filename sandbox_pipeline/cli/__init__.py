@@ -54,12 +54,12 @@ class _Commands(click.Group):
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="sandbox-pipeline")
 def cli() -> None:
-    """Give one prompt and one git repository to N isolated coding agents at once.
+    r"""Give one prompt and one git repository to N isolated coding agents at once.
 
     \b
     Start here:
       sandbox-pipeline demo
-      sandbox-pipeline run --repo . --prompt "Fix the failing test" --forks 3 \\
+      sandbox-pipeline run --repo . --prompt "Fix the failing test" --forks 3 \
           --command "my-agent {prompt_file}"
     """
 

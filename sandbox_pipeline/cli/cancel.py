@@ -47,5 +47,7 @@ async def _cancel(runtime: Runtime, workflow: str) -> int:
             continue
         await asyncio.sleep(0.2)
     leases = await runtime.store.leases(workflow)
-    click.echo(f"{workflow}: {len(leases)} sandboxes are not gone after {WAIT_SECONDS:g} s", err=True)
+    click.echo(
+        f"{workflow}: {len(leases)} sandboxes are not gone after {WAIT_SECONDS:g} s", err=True
+    )
     return exit_codes.INTERNAL

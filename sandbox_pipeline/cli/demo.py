@@ -11,7 +11,13 @@ from sandbox_pipeline.records import Fork
 
 
 @click.command("demo")
-@click.option("--isolation", type=click.Choice(["bubblewrap", "none"]), default="bubblewrap", help="'none' runs the demo's script as you, for machines without bubblewrap.", show_default=True)  # fmt: skip
+@click.option(
+    "--isolation",
+    type=click.Choice(["bubblewrap", "none"]),
+    default="bubblewrap",
+    help="'none' runs the demo's script as you, for machines without bubblewrap.",
+    show_default=True,
+)
 def command(isolation: str) -> int:
     """Make a small repository with a failing test and let three forks try to mend it.
 

@@ -17,7 +17,12 @@ from sandbox_pipeline.config import OrchestrationConfig, parse_config
 
 
 @click.command("doctor")
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="Check for this configuration; default: the demo's.")  # fmt: skip
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help="Check for this configuration; default: the demo's.",
+)
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Change a field.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def command(config_file: Path | None, settings: tuple[str, ...], *, as_json: bool) -> int:
@@ -49,5 +54,11 @@ def _config(config_file: Path | None, settings: tuple[str, ...]) -> Orchestratio
 
     if not settings:
         return parse_config(demo.CONFIG)
-    return gather(None, settings, {**{"repo": demo.CONFIG["repo_url"], "prompt": demo.PROMPT},
-                                   "agent_command": demo.CONFIG["agent"]["command"]})  # fmt: skip
+    return gather(
+        None,
+        settings,
+        {
+            **{"repo": demo.CONFIG["repo_url"], "prompt": demo.PROMPT},
+            "agent_command": demo.CONFIG["agent"]["command"],
+        },
+    )

@@ -8,7 +8,7 @@ import os
 import sys
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -64,7 +64,7 @@ def execute(config: OrchestrationConfig, *, quiet: bool) -> Executed:
     Raises:
         ConfigError: it can't be run as configured; nothing was created.
     """
-    home = ensure_home(default_home(os.environ))
+    ensure_home(default_home(os.environ))
     workflow_id = config.workflow_id or f"wf-{uuid.uuid4().hex[:8]}"
     config = config.model_copy(update={"workflow_id": workflow_id})
 
@@ -100,7 +100,7 @@ async def _read(runtime: Runtime, workflow_id: str) -> tuple[Orchestration | Non
 
 
 @contextlib.contextmanager
-def _terminal() -> Iterator[IO[str]]:
+def _terminal() -> Generator[IO[str]]:
     """The terminal for the progress display alone, while the run's own output goes to its log.
 
     Dagster captures both streams in files and copies them here by helper processes, which also
@@ -113,7 +113,7 @@ def _terminal() -> Iterator[IO[str]]:
     try:
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
-        with open(kept[0], "w", encoding="utf-8", errors="replace", closefd=False) as output:  # noqa: PTH123 - a descriptor
+        with open(kept[0], "w", encoding="utf-8", errors="replace", closefd=False) as output:
             yield output
     finally:
         sys.stdout.flush()

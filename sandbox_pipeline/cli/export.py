@@ -19,10 +19,18 @@ TABLES = ("fork_metrics", "orchestration_summary")
 @click.command("export")
 @click.option("--table", type=click.Choice(TABLES), default=TABLES[0], show_default=True)
 @click.option("--workflow", help="Only this orchestration; default: all.")
-@click.option("--format", "file_format", type=click.Choice(["csv", "jsonl", "parquet"]), default="csv", show_default=True)  # fmt: skip
-@click.option("--output", type=click.Path(path_type=Path), help="File to write; default: standard output.")  # fmt: skip
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["csv", "jsonl", "parquet"]),
+    default="csv",
+    show_default=True,
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="File to write; default: standard output."
+)
 def command(table: str, workflow: str | None, file_format: str, output: Path | None) -> int:
-    """Write the metrics of all orchestrations, one row a fork or one an orchestration.
+    r"""Write the metrics of all orchestrations, one row a fork or one an orchestration.
 
     \b
     Examples:

@@ -17,7 +17,7 @@ from sandbox_pipeline.launching import DEFAULT_URL
 @click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Change a field.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def command(file: Path, url: str, settings: tuple[str, ...], *, as_json: bool) -> int:
-    """Submit the orchestration in FILE to a running webserver and print the run's id.
+    r"""Submit the orchestration in FILE to a running webserver and print the run's id.
 
     \b
     Example:

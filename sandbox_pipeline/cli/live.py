@@ -84,7 +84,9 @@ class Watch:
             last = self._over.is_set()
             for event in await runtime.store.events(self._workflow_id, after_seq=seen):
                 seen = event.seq
-                self._console.print(event_line(event), soft_wrap=True, markup=False, highlight=False)
+                self._console.print(
+                    event_line(event), soft_wrap=True, markup=False, highlight=False
+                )
             if last:
                 return
             await asyncio.sleep(REFRESH_SECONDS)

@@ -5,35 +5,56 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import yaml
 
 from sandbox_pipeline.cli import exit_codes
-from sandbox_pipeline.config import OrchestrationConfig, parse_config
+from sandbox_pipeline.config import SCHEDULE_FIELDS, OrchestrationConfig, parse_config, read_yaml
 from sandbox_pipeline.errors import ConfigError
 
 
 @click.command("run")
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML file with the configuration; flags win over it.")
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help="YAML file with the configuration; flags win over it.",
+)
 @click.option("--repo", help="https URL, local path, or 'demo'.")
 @click.option("--branch", help="Branch to start from; default: the repository's own.")
 @click.option("--prompt", help="What the agent is asked to do.")
-@click.option("--prompt-file", type=click.Path(path_type=Path, allow_dash=True), help="File with the prompt; - for standard input.")
+@click.option(
+    "--prompt-file",
+    type=click.Path(path_type=Path, allow_dash=True),
+    help="File with the prompt; - for standard input.",
+)
 @click.option("--forks", type=int, help="How many attempts are made.")
 @click.option("--max-concurrent", type=int, help="Most sandboxes alive at any time.")
 @click.option("--model", help="Model the agent uses.")
 @click.option("--agent", help="Kind of agent: command, …")
-@click.option("--command", "agent_command", help="Command line of the 'command' agent, with {prompt_file}.")
+@click.option(
+    "--command", "agent_command", help="Command line of the 'command' agent, with {prompt_file}."
+)
 @click.option("--provider", help="Where forks run: local, …; default: auto.")
 @click.option("--setup-command", help="Shell command run once before the forks start.")
 @click.option("--timeout", type=float, help="Longest time an agent may work, in seconds.")
 @click.option("--workflow-id", help="Name of the orchestration; the same name resumes it.")
-@click.option("--set", "settings", multiple=True, metavar="FIELD=VALUE", help="Any other field, such as sandbox.network=full; VALUE is YAML. Repeatable.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON document at the end and nothing else.")
-def command(config_file: Path | None, settings: tuple[str, ...], *, as_json: bool, **flags: Any) -> int:  # fmt: skip
-    """Run an orchestration in this terminal; Ctrl-C cancels it and cleans up.
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Any other field, such as sandbox.network=full; VALUE is YAML. Repeatable.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document at the end and nothing else."
+)
+def command(
+    config_file: Path | None, settings: tuple[str, ...], *, as_json: bool, **flags: Any
+) -> int:
+    r"""Run an orchestration in this terminal; Ctrl-C cancels it and cleans up.
 
     \b
     Examples:
@@ -55,8 +76,8 @@ def gather(
     """
     data: dict[str, Any] = {}
     if config_file is not None:
-        loaded = _read_yaml(config_file)
-        data = {key: value for key, value in loaded.items() if key not in ("cron", "timezone")}
+        loaded = read_yaml(config_file)
+        data = {key: value for key, value in loaded.items() if key not in SCHEDULE_FIELDS}
     prompt_file: Path | None = flags.pop("prompt_file", None)
     if prompt_file is not None:
         flags["prompt"] = _read_prompt(prompt_file)
@@ -82,7 +103,9 @@ def gather(
             msg = f"--set: {path}: not valid YAML: {' '.join(str(error).split())}"
             raise ConfigError(msg) from error
     if data.get("agent") is None:
-        msg = "agent.command: is required; give --command 'your-agent {prompt_file}' or --config FILE"
+        msg = (
+            "agent.command: is required; give --command 'your-agent {prompt_file}' or --config FILE"
+        )
         raise ConfigError(msg)
     return parse_config(data, source=str(config_file) if config_file else "command line")
 
@@ -109,24 +132,6 @@ def run_and_report(config: OrchestrationConfig, *, as_json: bool) -> int:
     return exit_codes.of_outcomes([fork.outcome for fork in done.forks])
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        msg = f"--config: no such file: {path}"
-        raise ConfigError(msg) from None
-    except (OSError, UnicodeDecodeError) as error:
-        msg = f"--config: {path} cannot be read: {error}"
-        raise ConfigError(msg) from error
-    except yaml.YAMLError as error:
-        msg = f"--config: {path}: not valid YAML: {' '.join(str(error).split())}"
-        raise ConfigError(msg) from error
-    if not isinstance(data, dict):
-        msg = f"--config: {path}: expected a mapping of fields, got {type(data).__name__}"
-        raise ConfigError(msg)
-    return {str(key): value for key, value in data.items()}
-
-
 def _read_prompt(path: Path) -> str:
     try:
         # Bytes, so that no line ending is translated on the way.
@@ -143,9 +148,9 @@ def _read_prompt(path: Path) -> str:
 def _put(data: dict[str, Any], path: str, value: Any) -> None:
     *sections, name = path.split(".")
     for section in sections:
-        inner = data.setdefault(section, {})
+        inner: object = data.setdefault(section, {})
         if not isinstance(inner, dict):
             msg = f"{path}: {section} is not a section"
             raise ConfigError(msg)
-        data = inner
+        data = cast("dict[str, Any]", inner)
     data[name] = value

@@ -23,7 +23,7 @@ from sandbox_pipeline.runtime import Runtime
 @click.option("--fork", "fork_num", type=int, help="Print this fork's transcript instead.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def command(workflow: str | None, fork_num: int | None, *, as_json: bool) -> int:
-    """Show the forks of WORKFLOW (default: the latest), or one fork's transcript.
+    r"""Show the forks of WORKFLOW (default: the latest), or one fork's transcript.
 
     \b
     Examples:
@@ -50,9 +50,7 @@ def result_document(orchestration: Orchestration, forks: Sequence[Fork]) -> dict
     from sandbox_pipeline.lifecycle import artifacts_of
     from sandbox_pipeline.metrics import fork_row, summary_row
 
-    rows = [
-        fork_row(fork, orchestration, str(artifacts_of(orchestration, fork))) for fork in forks
-    ]
+    rows = [fork_row(fork, orchestration, str(artifacts_of(orchestration, fork))) for fork in forks]
     return {
         "workflow_id": orchestration.workflow_id,
         "complete": orchestration.complete,

@@ -116,9 +116,7 @@ def _assets(
     )
     def fork_metrics() -> pd.DataFrame:
         def one_fork(fork: Any) -> Any:
-            return cleanup_sandbox(
-                record_metrics(run_agent(health_check(create_sandbox(fork))))
-            )
+            return cleanup_sandbox(record_metrics(run_agent(health_check(create_sandbox(fork)))))
 
         return check_completion(orchestrate().map(one_fork).collect())
 
@@ -145,9 +143,7 @@ def _assets(
     return fork_metrics, orchestration_summary
 
 
-def _schedule(
-    label: str, job: Any, cron: str, timezone: str
-) -> dg.ScheduleDefinition:
+def _schedule(label: str, job: Any, cron: str, timezone: str) -> dg.ScheduleDefinition:
     try:
         return dg.ScheduleDefinition(
             name=f"{label}_schedule",

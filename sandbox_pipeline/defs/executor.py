@@ -68,7 +68,8 @@ class CancellableAsyncExecutor(AsyncExecutor):
                     yield event
                 # Bounded, since a step that waits for its retry or for a pool's slot has no
                 # task that could report anything, and so that an interrupt is seen.
-                wait = min(active.sleep_interval() or INTERRUPT_POLL_SECONDS, INTERRUPT_POLL_SECONDS)
+                due: float = active.sleep_interval()
+                wait = min(due or INTERRUPT_POLL_SECONDS, INTERRUPT_POLL_SECONDS)
                 event = await _next_event(events, wait)
                 if event is None:
                     continue
@@ -115,7 +116,8 @@ class CancellableAsyncExecutor(AsyncExecutor):
 
 
 async def _watch(tasks: set[asyncio.Task[None]], interrupted: asyncio.Event) -> None:
-    while not check_captured_interrupt():
+    # Set by a signal handler, which knows nothing of this loop.
+    while not check_captured_interrupt():  # noqa: ASYNC110
         await asyncio.sleep(INTERRUPT_POLL_SECONDS)
     interrupted.set()
     for task in tasks:
@@ -159,7 +161,7 @@ class GuardedExecutor(Executor):
             yield from self._inner.execute(plan_context, execution_plan)
 
 
-@dg.executor(name="sandbox_async", config_schema=async_executor.config_schema)
+@dg.executor(name="sandbox_async", config_schema=cast("Any", async_executor.config_schema))
 def sandbox_async_executor(init_context: dg.InitExecutorContext) -> GuardedExecutor:
     """All ops on one event loop of the run's worker."""
     config = cast("dict[str, Any]", init_context.executor_config)
@@ -177,7 +179,7 @@ def sandbox_async_executor(init_context: dg.InitExecutorContext) -> GuardedExecu
 
 @dg.executor(
     name="sandbox_multiprocess",
-    config_schema=dg.multiprocess_executor.config_schema,
+    config_schema=cast("Any", dg.multiprocess_executor.config_schema),
     requirements=multiple_process_executor_requirements(),
 )
 def sandbox_multiprocess_executor(init_context: dg.InitExecutorContext) -> GuardedExecutor:

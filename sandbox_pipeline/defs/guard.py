@@ -15,7 +15,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import dagster as dg
@@ -34,7 +34,7 @@ INTERACTIVE_TAG = "sandbox_pipeline/interactive"
 
 
 @contextlib.contextmanager
-def guarded(instance: dg.DagsterInstance, run_id: str) -> Iterator[None]:
+def guarded(instance: dg.DagsterInstance, run_id: str) -> Generator[None]:
     """Guard the run while the block runs, and settle it if it was cancelled."""
     home = instance_home(instance)
     over = threading.Event()

@@ -36,7 +36,7 @@ def _fields(model: type[BaseModel], defaults: Mapping[str, Any]) -> dict[str, dg
 def _field(name: str, info: FieldInfo, default: Any) -> dg.Field:
     inner, optional = _without_none(info.annotation)
     if isinstance(inner, type) and issubclass(inner, BaseModel):
-        given = default if isinstance(default, Mapping) else {}
+        given: Mapping[str, Any] = {} if default is ... else default
         return dg.Field(_fields(inner, given), description=(inner.__doc__ or "").strip())
     config_type = _config_type(name, inner)
     if optional:

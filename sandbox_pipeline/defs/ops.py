@@ -127,7 +127,7 @@ def _announce(context: dg.OpExecutionContext) -> Announce:
     def announce(event: Event) -> None:
         details = " ".join(f"{name}={json.dumps(value)}" for name, value in event.payload.items())
         fork = "" if event.fork_num is None else f" fork={event.fork_num}"
-        context.log.info(f"{event.name}{fork} {details}".rstrip())  # noqa: G004 - Dagster's log has no lazy arguments
+        context.log.info(f"{event.name}{fork} {details}".rstrip())
 
     return announce
 

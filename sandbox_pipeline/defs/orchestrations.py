@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import dagster as dg
-import yaml
 
+from sandbox_pipeline.config import SCHEDULE_FIELDS, read_yaml
 from sandbox_pipeline.defs.build import build_orchestration
 from sandbox_pipeline.errors import ConfigError
 from sandbox_pipeline.settings import ExecutorName
 
 logger = logging.getLogger(__name__)
-
-SCHEDULE_FIELDS = ("cron", "timezone")
 
 
 @dataclass(frozen=True)
@@ -50,18 +48,8 @@ def load_file(path: Path, executor: ExecutorName) -> dg.Definitions:
     Raises:
         ConfigError: naming the file and the field.
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        msg = f"{path}: cannot be read: {error}"
-        raise ConfigError(msg) from error
-    except yaml.YAMLError as error:
-        msg = f"{path}: not valid YAML: {' '.join(str(error).split())}"
-        raise ConfigError(msg) from error
-    if not isinstance(data, dict):
-        msg = f"{path}: expected a mapping of fields, got {type(data).__name__}"
-        raise ConfigError(msg)
-    config = {str(name): value for name, value in data.items() if name not in SCHEDULE_FIELDS}
+    data = read_yaml(path)
+    config = {name: value for name, value in data.items() if name not in SCHEDULE_FIELDS}
     cron, timezone = data.get("cron"), data.get("timezone", "UTC")
     for name, value in (("cron", cron), ("timezone", timezone)):
         if value is not None and not isinstance(value, str):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
@@ -37,7 +38,7 @@ def open_engine(url: str) -> Engine:
         msg = f"state store {url}: {error.strerror}; check that the folder exists and is writable"
         raise StoreError(msg) from error
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
-        shown = url.split("@")[-1]
+        shown = url.rsplit("@", maxsplit=1)[-1]
         msg = f"SANDBOX_PIPELINE_DB_URL: cannot use {shown!r}: {error}"
         raise ConfigError(msg) from None
     try:
@@ -88,8 +89,8 @@ def _sqlite_engine(url: sa.URL) -> Engine:
         write = connection.get_execution_options().get("write", True)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
-    sa.event.listen(engine, "connect", on_connect)
-    sa.event.listen(engine, "begin", on_begin)
+    event.listen(engine, "connect", on_connect)
+    event.listen(engine, "begin", on_begin)
     return engine
 
 

@@ -8,14 +8,22 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from sandbox_pipeline.errors import ConflictError, PipelineError
-from sandbox_pipeline.records import Deployment, Event, Fork, Lease, Orchestration, Record, SandboxState
+from sandbox_pipeline.records import (
+    Deployment,
+    Event,
+    Fork,
+    Lease,
+    Orchestration,
+    Record,
+    SandboxState,
+)
 from sandbox_pipeline.store import tables
 from sandbox_pipeline.store.engine import open_engine, store_error
 
@@ -183,7 +191,9 @@ class Store:
 
         return await self._run(read, write=False)
 
-    async def admit(self, lease: Lease, max_live: int, events: Iterable[Event] = ()) -> Lease | None:
+    async def admit(
+        self, lease: Lease, max_live: int, events: Iterable[Event] = ()
+    ) -> Lease | None:
         """Store a new lease, if its orchestration then has at most `max_live` that are not gone.
 
         Returns:
@@ -281,9 +291,7 @@ class Store:
                 )
             )
             counted = (
-                connection.execute(
-                    sa.select(table.c.finished_at).where(table.c.scope == scope)
-                )
+                connection.execute(sa.select(table.c.finished_at).where(table.c.scope == scope))
                 .scalars()
                 .all()
             )
@@ -291,7 +299,7 @@ class Store:
                 result = connection.execute(
                     table.insert().values(scope=scope, started_at=now, finished_at=None)
                 )
-                return int(result.inserted_primary_key[0])  # pyright: ignore[reportOptionalSubscript]
+                return int(cast("Any", result.inserted_primary_key)[0])
             finished = [at for at in counted if at is not None]
             soonest = min(finished, default=now - window + 0.1) + window - now
             return max(0.005, min(soonest, window))
@@ -402,7 +410,7 @@ def _set(connection: Connection, record: R) -> R:
     if record.version == 0:
         try:
             connection.execute(tables.state.insert(), row)
-        except sa.exc.IntegrityError as error:
+        except IntegrityError as error:
             msg = f"{record.key} exists already"
             raise ConflictError(msg) from error
     else:

@@ -72,7 +72,6 @@ async def pin(
         ConfigError: no such repository or branch, or nothing in it.
         GitError: git failed otherwise.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     git = _Git(source, folder, environ)
     bundle = folder / "base.bundle"
     mirror = folder / "mirror.git"
@@ -108,7 +107,6 @@ async def read_branches(
         ConfigError: no such repository or branch, or nothing in it.
         GitError: git failed otherwise.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     return await _choose_branch(_Git(source, folder, environ), source, branch)
 
 
@@ -139,6 +137,7 @@ async def _choose_branch(git: _Git, source: Source, branch: str | None) -> str:
 
 class _Git:
     def __init__(self, source: Source, folder: Path, environ: Mapping[str, str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self._source = source
         token = environ.get("GITHUB_TOKEN", "").strip() if source.is_remote else ""
         self._redactor = Redactor([token])
@@ -162,8 +161,13 @@ class _Git:
             self._env |= {"GIT_ASKPASS": str(askpass), "SANDBOX_PIPELINE_GIT_TOKEN": token}
 
     async def run(self, arguments: list[str], *, timeout_seconds: float = 600) -> str:
-        options = ["-c", "protocol.allow=never", "-c", f"protocol.{self._source.protocol}.allow=always",
-                   "-c", "safe.directory=*", "-c", "core.hooksPath=/dev/null"]  # fmt: skip
+        settings = (
+            "protocol.allow=never",
+            f"protocol.{self._source.protocol}.allow=always",
+            "safe.directory=*",
+            "core.hooksPath=/dev/null",
+        )
+        options = [part for setting in settings for part in ("-c", setting)]
         process = await asyncio.create_subprocess_exec(
             "git", *options, *arguments,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,

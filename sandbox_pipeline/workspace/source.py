@@ -102,7 +102,8 @@ def _by_url(repo_url: str, scheme: str, *, allow_file_urls: bool) -> Source:
 def _local(repo_url: str) -> Source:
     path = Path(os.path.expanduser(repo_url))  # noqa: PTH111 - Path.expanduser raises for ~nobody
     if re.match(r"[^/\s]+@[^/\s]+:", repo_url):
-        msg = f"repo_url: {repo_url.split(':')[0]!r}: ssh is not supported; use https:// or a path"
+        host = repo_url.split(":", maxsplit=1)[0]
+        msg = f"repo_url: {host!r}: ssh is not supported; use https:// or a path"
         raise ConfigError(msg)
     if not path.exists():
         msg = f"repo_url: no such folder: {path}"

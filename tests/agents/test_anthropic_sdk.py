@@ -249,7 +249,7 @@ async def test_reattached_loop_pays_nothing_twice_and_repeats_no_command(tmp_pat
     async with serving(tmp_path, script, config) as (server, made):
         task = await made.task(config)
         first = asyncio.create_task(AnthropicAgent().run(made.sandbox, task, Listener()))
-        while (await made.sh("grep -c second log")).stdout != b"1\n":  # noqa: ASYNC110
+        while (await made.sh("grep -c second log")).stdout != b"1\n":
             await asyncio.sleep(0.05)
         first.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -261,7 +261,7 @@ async def test_reattached_agent_does_not_run_the_prompt_again(tmp_path: Path) ->
     async with serving(tmp_path, script, config) as (server, made):
         task = await made.task(config)
         first = asyncio.create_task(ClaudeCodeAgent().run(made.sandbox, task, Listener()))
-        while not server.answers:  # noqa: ASYNC110 (the server is no subject of the test)
+        while not server.answers:
             await asyncio.sleep(0.05)
         await asyncio.sleep(1)
         first.cancel()

@@ -13,9 +13,7 @@ from sandbox_pipeline.workspace.source import Source, check_source
 from tests.conftest import git, make_repo
 
 
-async def test_the_commit_stays_pinned_when_the_branch_moves_on(
-    repo: Path, tmp_path: Path
-) -> None:
+async def test_the_commit_stays_pinned_when_the_branch_moves_on(repo: Path, tmp_path: Path) -> None:
     source = check_source(str(repo))
     first = await pin(source, None, tmp_path / "base", os.environ)
     (repo / "new").write_text("x", encoding="utf-8")

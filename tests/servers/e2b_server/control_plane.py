@@ -34,6 +34,7 @@ def routes(world: World, api_key: str) -> list[Route]:
         Route(f"{one}/snapshots", plane.guard(plane.snapshot), methods=["POST"]),
         Route(f"{one}/pause", plane.guard(plane.pause), methods=["POST"]),
         Route(f"{one}/network", plane.guard(plane.network), methods=["PUT"]),
+        Route("/templates/{name}", plane.guard(plane.delete_template), methods=["DELETE"]),
         Route("/templates/aliases/{alias}", plane.guard(plane.alias), methods=["GET"]),
     ]
 
@@ -92,7 +93,8 @@ class ControlPlane:
 
     async def info(self, request: Request) -> Response:
         sandbox = self._find(request)
-        return JSONResponse(_details(sandbox) | {"envdAccessToken": sandbox.token})
+        more = {"envdAccessToken": sandbox.token, "network": sandbox.network}
+        return JSONResponse(_details(sandbox) | more)
 
     async def connect(self, request: Request) -> Response:
         sandbox = self._find(request)
@@ -126,6 +128,10 @@ class ControlPlane:
     async def snapshot(self, request: Request) -> Response:
         name = await self._world.snapshot(self._find(request))
         return JSONResponse({"snapshotID": name, "names": [name]}, 201)
+
+    async def delete_template(self, request: Request) -> Response:
+        await self._world.delete_template(request.path_params["name"])
+        return Response(status_code=204)
 
     async def alias(self, request: Request) -> Response:
         alias = request.path_params["alias"]

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -165,5 +166,28 @@ def _entry(path: Path) -> Message:
     }
 
 
+def _relay(port: int, path: str) -> None:
+    """Carry connections to a port of the loopback on to a unix socket, in a process of its own."""
+    if os.fork():
+        return
+    listener = socket.create_server(("127.0.0.1", port), backlog=64)
+    while True:
+        inside, _ = listener.accept()
+        outside = socket.socket(socket.AF_UNIX)
+        outside.connect(path)
+        for source, sink in ((inside, outside), (outside, inside)):
+            threading.Thread(target=_copy, args=(source, sink), daemon=True).start()
+
+
+def _copy(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65_536):
+            sink.sendall(data)
+    with contextlib.suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)
+
+
 if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        _relay(int(sys.argv[2]), sys.argv[3])
     Guest(int(sys.argv[1])).serve()

@@ -10,7 +10,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-EntryKind = Literal["request", "created", "killed", "expired", "vanished", "extended", "snapshot"]
+EntryKind = Literal[
+    "request",
+    "created",
+    "killed",
+    "expired",
+    "vanished",
+    "extended",
+    "snapshot",
+    "snapshot-deleted",
+    "egress",
+]
 ENDS: tuple[EntryKind, ...] = ("killed", "expired", "vanished")
 
 
@@ -20,7 +30,9 @@ class Entry:
 
     Attributes:
         time: seconds of the monotonic clock of this boot.
-        request: method and path, for `request` entries; they are written on arrival.
+        request: method and path, for `request` entries, written on arrival; the name, for
+            `egress` entries.
+        headers: of an `egress` entry, as they left the sandbox.
     """
 
     kind: EntryKind
@@ -31,6 +43,7 @@ class Entry:
     request: str | None = None
     network: str | None = None
     ttl_seconds: float | None = None
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 class Ledger:
@@ -63,6 +76,7 @@ class Ledger:
         request: str | None = None,
         network: str | None = None,
         ttl_seconds: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         """Append one entry."""
         with self._lock:
@@ -75,6 +89,7 @@ class Ledger:
                 request,
                 network,
                 ttl_seconds,
+                dict(headers or {}),
             )
             self._entries.append(entry)
             if self._path is not None:

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.servers.e2b_server.egress import PORT, Egress
+
 GUEST = Path(__file__).with_name("guest.py")
 HOME = "/home/user"
 SYSTEM_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/opt")
@@ -69,10 +71,24 @@ class Machine:
     Args:
         root: folder of this sandbox on the host; removed with it.
         network: whether it may reach the host's network.
+        programs: name to file of this machine, on the PATH inside.
+        egress: what carries its requests to names of the small internet; None: nothing does.
+        names: of the small internet.
     """
 
-    def __init__(self, root: Path, *, network: bool) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        network: bool,
+        programs: Mapping[str, Path] | None = None,
+        egress: Egress | None = None,
+        names: Sequence[str] = (),
+    ) -> None:
         self.root = root
+        self._programs = dict(programs or {})
+        self._egress = egress
+        self._names = names
         self.home = root / "home"
         self.processes: dict[int, Process] = {}
         self._network = network
@@ -92,6 +108,13 @@ class Machine:
             folder.mkdir(parents=True, exist_ok=True)
         (self.root / "passwd").write_text(PASSWD, encoding="utf-8")
         (self.root / "group").write_text(GROUP, encoding="utf-8")
+        hosts = "".join(f"127.0.0.1 {name}\n" for name in ("localhost", *self._names))
+        (self.root / "hosts").write_text(hosts, encoding="utf-8")
+        if self._programs and not (self.home / ".profile").exists():
+            # A login shell forgets the PATH that it was started with.
+            (self.home / ".profile").write_text("PATH=/run/programs:$PATH\n", encoding="utf-8")
+        if self._egress is not None:
+            await self._egress.start()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             self._bwrap = await asyncio.create_subprocess_exec(
@@ -127,9 +150,16 @@ class Machine:
         line += ["--ro-bind", "/etc", "/etc"]
         line += ["--ro-bind", str(self.root / "passwd"), "/etc/passwd"]
         line += ["--ro-bind", str(self.root / "group"), "/etc/group"]
+        line += ["--ro-bind", str(self.root / "hosts"), "/etc/hosts"]
         line += ["--proc", "/proc", "--dev", "/dev", "--dir", "/run"]
         line += ["--bind", str(self.root / "tmp"), "/tmp"]
         line += ["--bind", str(self.home), HOME, "--ro-bind", str(GUEST), "/run/guest.py"]
+        for name, path in self._programs.items():
+            line += ["--ro-bind", str(path), f"/run/programs/{name}"]
+        relay: list[str] = []
+        if self._egress is not None:
+            line += ["--ro-bind", str(self._egress.path), "/run/egress.sock"]
+            relay = [str(PORT), "/run/egress.sock"]
         for name, value in {
             "HOME": HOME,
             "USER": "user",
@@ -138,7 +168,8 @@ class Machine:
             "E2B_SANDBOX": "true",
         }.items():
             line += ["--setenv", name, value]
-        return [*line, "--chdir", HOME, python, "-I", "-S", "/run/guest.py", str(descriptor)]
+        guest = [python, "-I", "-S", "/run/guest.py", str(descriptor), *relay]
+        return [*line, "--chdir", HOME, *guest]
 
     async def stop(self) -> None:
         """End all of its processes, then forget its files."""
@@ -155,6 +186,8 @@ class Machine:
             await asyncio.wait(self._tasks, timeout=2)
         for task in self._tasks:
             task.cancel()
+        if self._egress is not None:
+            await self._egress.stop()
         await asyncio.to_thread(shutil.rmtree, self.root, True)
 
     async def spawn(

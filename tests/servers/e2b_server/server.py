@@ -41,6 +41,9 @@ class E2BServer:
         port: 0 takes a free one.
         api_key: the only one that is accepted.
         ledger_path: JSONL copy of the ledger.
+        programs: name to file of this machine, on the PATH of every sandbox.
+        internet: name to base URL; all that sandboxes reach, by `http://NAME:8080`. Empty: the
+            network of this machine.
     """
 
     def __init__(
@@ -51,12 +54,21 @@ class E2BServer:
         limits: Limits | None = None,
         templates: frozenset[str] = TEMPLATES,
         ledger_path: Path | None = None,
+        programs: Mapping[str, Path] | None = None,
+        internet: Mapping[str, str] | None = None,
     ) -> None:
         self.api_key = api_key
         self.ledger = Ledger(ledger_path)
         self.faults = FaultScript()
         self._root = Path(tempfile.mkdtemp(prefix="e2b-server-"))
-        self._world = World(self._root, self.ledger, limits=limits or Limits(), templates=templates)
+        self._world = World(
+            self._root,
+            self.ledger,
+            limits=limits or Limits(),
+            templates=templates,
+            programs=programs or {},
+            internet=internet or {},
+        )
         self._socket = socket.create_server(("127.0.0.1", port), backlog=512)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._ready = threading.Event()

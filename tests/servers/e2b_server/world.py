@@ -10,8 +10,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from tests.servers.e2b_server.egress import Egress
 from tests.servers.e2b_server.ledger import EntryKind, Ledger
 from tests.servers.e2b_server.machine import Machine
 
@@ -37,6 +38,7 @@ class Limits:
         max_ttl_seconds: longest life.
         page_size: most sandboxes on a page of the list.
         idempotency: whether the create call honours Idempotency-Key.
+        rules: what becomes of network rules: kept, refused with 400, or silently left out.
     """
 
     creates_per_second: int | None = None
@@ -44,6 +46,7 @@ class Limits:
     max_ttl_seconds: float = 86_400
     page_size: int = 100
     idempotency: bool = True
+    rules: Literal["kept", "refused", "ignored"] = "kept"
 
 
 @dataclass
@@ -85,8 +88,17 @@ class World:
     """All sandboxes of one server; used from its event loop only."""
 
     def __init__(
-        self, root: Path, ledger: Ledger, *, limits: Limits, templates: frozenset[str]
+        self,
+        root: Path,
+        ledger: Ledger,
+        *,
+        limits: Limits,
+        templates: frozenset[str],
+        programs: Mapping[str, Path],
+        internet: Mapping[str, str],
     ) -> None:
+        self._programs = programs
+        self._internet = internet
         self.sandboxes: dict[str, CloudSandbox] = {}
         self.limits = limits
         self.ledger = ledger
@@ -105,9 +117,7 @@ class World:
             return known
         self._admit(request)
         sandbox_id = f"i{secrets.token_hex(9)}"
-        machine = Machine(
-            self._root / sandbox_id, network=request.internet is not False and not _limited(request)
-        )
+        machine = self._machine(sandbox_id, request)
         sandbox = self._register(request, sandbox_id, machine)
         try:
             if (snapshot := self._root / "snapshots" / request.template).is_dir():
@@ -117,12 +127,37 @@ class World:
             sandbox.ready.set()
         return sandbox
 
+    def _machine(self, sandbox_id: str, request: CreateRequest) -> Machine:
+        root = self._root / sandbox_id
+        if request.internet is False:
+            return Machine(root, network=False, programs=self._programs)
+        egress = None
+        if self._internet:
+
+            def note(name: str, headers: Mapping[str, str]) -> None:
+                self.ledger.add("egress", sandbox_id=sandbox_id, request=name, headers=headers)
+
+            root.mkdir(parents=True)
+            egress = Egress(root / "egress", request.network, self._internet, note)
+        return Machine(
+            root,
+            # The relay needs its port, which sandboxes with this machine's network would share.
+            network=egress is None and not _limited(request),
+            programs=self._programs,
+            egress=egress,
+            names=list(self._internet),
+        )
+
     def add_row(self, metadata: Mapping[str, str], *, ttl_seconds: float = 3600) -> str:
         """A sandbox without processes; its id."""
         request = CreateRequest("base", ttl_seconds, dict(metadata), {}, None, None)
         return self._register(request, f"i{secrets.token_hex(9)}", None).sandbox_id
 
     def _admit(self, request: CreateRequest) -> None:
+        if "rules" in request.network and self.limits.rules != "kept":
+            if self.limits.rules == "refused":
+                raise ApiError(400, "network: unknown field 'rules'")
+            del request.network["rules"]
         if request.template not in self.templates:
             raise ApiError(404, f"template '{request.template}' not found")
         self._check_ttl(request.ttl_seconds)
@@ -218,6 +253,15 @@ class World:
         self.templates.add(name)
         self.ledger.add("snapshot", sandbox_id=sandbox.sandbox_id, metadata=sandbox.metadata)
         return name
+
+    async def delete_template(self, name: str) -> None:
+        """Forget a snapshot, or 404."""
+        folder = self._root / "snapshots" / name
+        if name not in self.templates or not folder.is_dir():
+            raise ApiError(404, f"template '{name}' not found")
+        self.templates.discard(name)
+        await asyncio.to_thread(shutil.rmtree, folder, True)
+        self.ledger.add("snapshot-deleted", request=name)
 
     async def shut_down(self) -> None:
         """End everything."""

@@ -104,7 +104,7 @@ class MessagesServer:
         )
         self._server = uvicorn.Server(config)
         self._serving = asyncio.create_task(self._server.serve([listener]))
-        while not self._server.started:  # noqa: ASYNC110 (uvicorn tells it in no other way)
+        while not self._server.started:
             await asyncio.sleep(0.005)
         return self
 
