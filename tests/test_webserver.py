@@ -76,9 +76,10 @@ def test_the_launchpad_is_prefilled_with_the_demo_and_describes_each_field(
     schema = server.graphql(query)["runConfigSchemaOrError"]
     assert "repo_url: demo" in schema["rootDefaultYaml"]
     assert demo.PROMPT in schema["rootDefaultYaml"].replace("\n          ", " ")
-    fields: dict[str, str] = {
+    types: list[dict[str, list[dict[str, str]]]] = schema["allConfigTypes"]
+    fields = {
         field["name"]: field["description"]
-        for config_type in schema["allConfigTypes"]
+        for config_type in types
         for field in config_type.get("fields") or []
     }
     assert fields["max_concurrent"].startswith("Most sandboxes of this orchestration")

@@ -68,7 +68,7 @@ class CancellableAsyncExecutor(AsyncExecutor):
                     yield event
                 # Bounded, since a step that waits for its retry or for a pool's slot has no
                 # task that could report anything, and so that an interrupt is seen.
-                due: float = active.sleep_interval()
+                due = cast("float", active.sleep_interval())
                 wait = min(due or INTERRUPT_POLL_SECONDS, INTERRUPT_POLL_SECONDS)
                 event = await _next_event(events, wait)
                 if event is None:

@@ -1,0 +1,151 @@
+"""What a fork costs besides its agent: no-op forks under both executors, in one run.
+
+Usage: python benchmarks/overhead.py [--forks 32] [--json]
+
+Each executor runs the whole job (all seven ops, store, events, a bubblewrap sandbox for each
+fork) in a process tree of its own. CPU is that of the tree and of the sandboxes, by the kernel's
+accounting; memory is the largest sum of proportional set sizes of the tree, sampled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.conftest import make_repo
+
+SAMPLE_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one executor needed."""
+
+    executor: str
+    forks: int
+    wall_seconds: float
+    cpu_seconds: float
+    peak_memory_mb: float
+
+    @property
+    def wall_ms_per_fork(self) -> float:
+        """Milliseconds of wall time a fork."""
+        return self.wall_seconds * 1000 / self.forks
+
+    @property
+    def cpu_ms_per_fork(self) -> float:
+        """Milliseconds of CPU time a fork."""
+        return self.cpu_seconds * 1000 / self.forks
+
+
+def main() -> int:
+    """Measure, print, and check that every fork succeeded."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--forks", type=int, default=32)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    results = [measure(name, arguments.forks) for name in ("async", "multiprocess")]
+    ours, stock = results
+    ratio = stock.cpu_seconds / ours.cpu_seconds
+    if arguments.json:
+        print(json.dumps({"results": [asdict(item) for item in results], "cpu_ratio": ratio}))
+        return 0
+    print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(f"{arguments.forks} no-op forks, max_concurrent 8, local provider with bubblewrap\n")
+    print("| executor | wall ms/fork | CPU ms/fork | peak memory MB |")
+    print("|---|---|---|---|")
+    for item in results:
+        print(
+            f"| {item.executor} | {item.wall_ms_per_fork:.0f} | {item.cpu_ms_per_fork:.0f} "
+            f"| {item.peak_memory_mb:.0f} |"
+        )
+    print(f"\nCPU: {ratio:.1f} times less than with a process for every op")
+    return 0
+
+
+def measure(executor: str, forks: int) -> Figures:
+    """Run the job once under an executor."""
+    with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
+        repo = make_repo(Path(folder) / "repo")
+        before = _cpu_of_children()
+        detached = _Detached(Path(folder))
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sandbox_pipeline", "run", "--repo", str(repo), "--prompt", "p",
+             "--forks", str(forks), "--max-concurrent", "8", "--command", "true", "--json",
+             "--set", "rate_limit.starts=10000"],
+            env={**os.environ, "DAGSTER_HOME": f"{folder}/home",
+                 "SANDBOX_PIPELINE_EXECUTOR": executor},
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        peak = 0
+        with process:
+            while process.poll() is None:
+                peak = max(peak, _memory(process.pid))
+                detached.sample()
+                time.sleep(SAMPLE_SECONDS)
+            assert process.stdout is not None
+            output = process.stdout.read()
+        wall = time.monotonic() - began
+        result = json.loads(output)
+        if result["summary"]["succeeded"] != forks:
+            msg = f"{executor}: not every fork succeeded: {result['summary']}"
+            raise SystemExit(msg)
+        # Sandboxes are no children of the run: their CPU is what they report of themselves.
+        inside = detached.cpu_seconds()
+        return Figures(executor, forks, wall, _cpu_of_children() - before + inside, peak / 1e6)
+
+
+class _Detached:
+    """CPU of supervisors and what is below them, which are nobody's children."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = str(folder)
+        self._seen: dict[tuple[int, float], float] = {}
+
+    def sample(self) -> None:
+        for process in psutil.process_iter(["cmdline", "create_time"]):
+            try:
+                if self._folder not in " ".join(process.info["cmdline"] or []):
+                    continue
+                if "supervisor.py" not in " ".join(process.info["cmdline"] or []):
+                    continue
+                for item in (process, *process.children(recursive=True)):
+                    times = item.cpu_times()
+                    self._seen[item.pid, item.create_time()] = times.user + times.system
+            except psutil.Error:
+                continue
+
+    def cpu_seconds(self) -> float:
+        return sum(self._seen.values())
+
+
+def _cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _memory(pid: int) -> int:
+    total = 0
+    try:
+        root = psutil.Process(pid)
+        for process in (root, *root.children(recursive=True)):
+            total += process.memory_full_info().pss
+    except psutil.Error:
+        pass
+    return total
+
+
+if __name__ == "__main__":
+    sys.exit(main())
