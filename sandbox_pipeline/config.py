@@ -172,6 +172,12 @@ class SandboxConfig(_Section):
         description="What a sandbox may reach: nothing, the model's API only, or everything. "
         "'auto' is the least that the agent needs.",
     )
+    key_injection: Literal["auto", "off"] = Field(
+        default="auto",
+        description="Keeping the model's key out of sandboxes without a local proxy: 'auto' has "
+        "the provider put it on the sandbox's requests, where it can, and warns where it can't; "
+        "'off' hands it to the agent's process.",
+    )
     setup_network: Literal["same", "none", "full"] = Field(
         default="same",
         description="Network while setup_command runs; closed again before the agent starts.",
@@ -322,6 +328,38 @@ class OrchestrationConfig(_Section):
         le=86_400,
         description="Longest time setup_command may take, in seconds.",
     )
+    verify_command: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Shell command that shows whether a patch is right, such as the tests: run in "
+        "a fresh sandbox made from the base commit and the patch; exit code 0 means verified.",
+    )
+    verify_protect: list[str] = Field(
+        default_factory=list,
+        description="Files that a patch can't change where it is verified, as git's glob patterns "
+        "such as tests/** or **/test_*.py: put back from the base commit before the command runs.",
+    )
+    verify_protect_runner: bool = Field(
+        default=True,
+        description="Also put back the files by which a patch could take over a test runner: "
+        "conftest.py, sitecustomize.py, pytest.ini, tox.ini, *.pth and the like.",
+    )
+    verify_junit: str | None = Field(
+        default=None,
+        min_length=1,
+        description="JUnit XML report that verify_command writes, relative to the workspace; its "
+        "tests are counted, and one that failed rejects the patch.",
+    )
+    verify_timeout_seconds: float = Field(
+        default=1800,
+        gt=0,
+        le=86_400,
+        description="Longest time verify_command may take, in seconds; afterwards the patch is "
+        "rejected.",
+    )
+    verify_network: Literal["none", "full"] = Field(
+        default="none", description="What the verification's sandbox may reach."
+    )
     agent: AgentConfig
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
     health_check: HealthCheckConfig = Field(default_factory=HealthCheckConfig)
@@ -365,7 +403,25 @@ class OrchestrationConfig(_Section):
             raise ValueError(msg)
         return value
 
-    @field_validator("repo_url", "branch", "setup_command")
+    @field_validator("verify_protect")
+    @classmethod
+    def _globs(cls, value: list[str]) -> list[str]:
+        for glob in value:
+            if not glob or "\0" in glob or glob.startswith("/") or ".." in glob.split("/"):
+                msg = f"{glob!r} must be a pattern relative to the repository"
+                raise ValueError(msg)
+        return value
+
+    @field_validator("verify_junit")
+    @classmethod
+    def _in_workspace(cls, value: str | None) -> str | None:
+        parts = (value or "").split("/")
+        if value is not None and ("\0" in value or value.startswith(("/", "-")) or ".." in parts):
+            msg = "must be a path relative to the workspace"
+            raise ValueError(msg)
+        return value
+
+    @field_validator("repo_url", "branch", "setup_command", "verify_command")
     @classmethod
     def _no_nul(cls, value: str | None) -> str | None:
         if value is not None and "\0" in value:

@@ -6,17 +6,18 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from sandbox_pipeline.agents.base import EXCHANGE_DIR
+from sandbox_pipeline.agents.base import EXCHANGE_DIR, UsesModelApi
 from sandbox_pipeline.clock import now
 from sandbox_pipeline.config import RetryConfig
-from sandbox_pipeline.errors import ProviderError
+from sandbox_pipeline.errors import ErrorKind, ProviderError
 from sandbox_pipeline.exchange import exchange_folder, remove_exchange_folder
 from sandbox_pipeline.records import Lease, Orchestration, SandboxState
 from sandbox_pipeline.retrying import next_pause, patiently
 from sandbox_pipeline.runtime import APP, Runtime
-from sandbox_pipeline.sandboxes.base import Network, Sandbox, SandboxSpec
+from sandbox_pipeline.sandboxes.base import Injecting, Network, Sandbox, SandboxSpec
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,12 @@ AfterFailure = Callable[[int, ProviderError], Awaitable[None]]
 
 
 def new_lease(
-    orchestration: Orchestration, run_id: str, *, fork_num: int | None, attempt: int
+    orchestration: Orchestration,
+    run_id: str,
+    *,
+    fork_num: int | None,
+    attempt: int,
+    purpose: str = "fork",
 ) -> Lease:
     """An intent that is not stored yet; `fork_num` None is the base for all forks."""
     label = "base" if fork_num is None else f"{fork_num:03d}"
@@ -39,7 +45,7 @@ def new_lease(
         fork_num=fork_num,
         attempt=attempt,
         provider=orchestration.provider,
-        purpose="base" if fork_num is None else "fork",
+        purpose="base" if fork_num is None else purpose,
         owner_run=run_id,
         intent_at=now(),
     )
@@ -75,45 +81,26 @@ async def create(
     Raises:
         ProviderError: no attempt is left, or none makes sense.
     """
-    provider = runtime.provider(orchestration.provider)
     retry = orchestration.config.retry
-    agent = runtime.agent(orchestration.config.agent.kind)
-    mounts = dict(agent.mounts(orchestration.config.agent, runtime.environ))
-    shared = exchange_folder(runtime.settings.home, orchestration, agent, lease.lease_id)
-    if shared is not None:
-        mounts[str(shared)] = EXCHANGE_DIR
-    spec = SandboxSpec(
-        lease_id=lease.lease_id,
-        metadata=await _metadata(runtime, lease),
-        ttl_seconds=orchestration.config.sandbox.orphan_grace_seconds,
-        network=network,
-        config=orchestration.config.sandbox,
-        base=base,
-        mounts=mounts if orchestration.provider == "local" else {},
-    )
-
-    async def once() -> tuple[Lease, Sandbox]:
-        sandbox = await provider.create(spec)
-        return await _now_live(runtime, lease, sandbox), sandbox
-
+    spec = await _spec(runtime, orchestration, lease, network, base)
     pending: int | None = permit
     while True:
         attempt = await before_attempt()
         if pending is None:
             pending = await wait_for_permit(runtime, orchestration)
+        # A server may remember a failure by the key, and would repeat it.
+        spec = replace(spec, idempotency_key=f"{lease.lease_id}-{attempt}")
         try:
-            return await shielded(_permitted(runtime, pending, once))
+            return await shielded(_permitted(runtime, pending, _create_once(runtime, lease, spec)))
         except ProviderError as error:
             pending = None
             await after_failure(attempt, error)
+            if error.kind is ErrorKind.INVALID and spec.model_headers:
+                logger.warning("trying without injected headers, maybe unknown here: %s", error)
+                spec = replace(spec, model_headers={})
+                continue
             if error.policy.reconcile:
-                try:
-                    found = await adopt(runtime, lease, retry)
-                except ProviderError:
-                    await runtime.store.update(
-                        Lease, lease.key, lambda it: it.evolve(state=SandboxState.UNKNOWN)
-                    )
-                    raise
+                found = await _reconcile(runtime, lease, retry)
                 if found is not None:
                     return found
             pause = next_pause(retry, error, attempt)
@@ -121,6 +108,61 @@ async def create(
                 await _now_gone(runtime, lease, f"never created: {error}")
                 raise
         await asyncio.sleep(pause)
+
+
+def _create_once(
+    runtime: Runtime, lease: Lease, spec: SandboxSpec
+) -> Callable[[], Awaitable[tuple[Lease, Sandbox]]]:
+    async def once() -> tuple[Lease, Sandbox]:
+        sandbox = await runtime.provider(lease.provider).create(spec)
+        return await _now_live(runtime, lease, sandbox), sandbox
+
+    return once
+
+
+async def _spec(
+    runtime: Runtime, orchestration: Orchestration, lease: Lease, network: Network, base: str | None
+) -> SandboxSpec:
+    config = orchestration.config
+    agent = runtime.agent(config.agent.kind)
+    mounts: dict[str, str] = {}
+    if orchestration.provider == "local" and lease.purpose != "verify":
+        mounts |= agent.mounts(config.agent, runtime.environ)
+        shared = exchange_folder(runtime.settings.home, orchestration, agent, lease.lease_id)
+        if shared is not None:
+            mounts[str(shared)] = EXCHANGE_DIR
+    spec = SandboxSpec(
+        lease_id=lease.lease_id,
+        metadata=await _metadata(runtime, lease),
+        ttl_seconds=config.sandbox.orphan_grace_seconds,
+        network=network,
+        config=config.sandbox,
+        base=base,
+        mounts=mounts,
+    )
+    if not isinstance(agent, UsesModelApi):
+        return spec
+    api = agent.model_api(runtime.environ)
+    injected = (
+        lease.purpose == "fork"
+        and config.sandbox.key_injection == "auto"
+        and isinstance(runtime.provider(orchestration.provider), Injecting)
+    )
+    return replace(spec, model_host=api.host, model_headers=api.headers if injected else {})
+
+
+async def _reconcile(
+    runtime: Runtime, lease: Lease, retry: RetryConfig
+) -> tuple[Lease, Sandbox] | None:
+    """Resolve a creation of which nobody knows what came of it."""
+    lease = await runtime.store.update(Lease, lease.key, lambda it: it.evolve(doubtful=True))
+    try:
+        return await adopt(runtime, lease, retry)
+    except ProviderError:
+        await runtime.store.update(
+            Lease, lease.key, lambda it: it.evolve(state=SandboxState.UNKNOWN)
+        )
+        raise
 
 
 async def adopt(runtime: Runtime, lease: Lease, retry: RetryConfig) -> tuple[Lease, Sandbox] | None:
@@ -151,20 +193,20 @@ async def end(runtime: Runtime, lease: Lease, retry: RetryConfig, *, note: str) 
         ProviderError: it could not be confirmed; the lease stays `KILLING` for the reaper.
     """
     provider = runtime.provider(lease.provider)
-    if lease.sandbox_id is None:
+    targets: list[str] = []
+    if lease.sandbox_id is not None:
+        targets.append(lease.sandbox_id)
+        lease = await runtime.store.update(
+            Lease, lease.key, lambda it: it.evolve(state=SandboxState.KILLING)
+        )
+    if lease.sandbox_id is None or lease.doubtful:
         wanted = {
             "app": APP,
             "deployment_id": await runtime.deployment_id(),
             "lease_id": lease.lease_id,
         }
-        targets = [
-            item.sandbox_id for item in await patiently(retry, lambda: provider.list(wanted))
-        ]
-    else:
-        targets = [lease.sandbox_id]
-        lease = await runtime.store.update(
-            Lease, lease.key, lambda it: it.evolve(state=SandboxState.KILLING)
-        )
+        found = await patiently(retry, lambda: provider.list(wanted))
+        targets += [item.sandbox_id for item in found if item.sandbox_id != lease.sandbox_id]
     for target in targets:
         await patiently(retry, lambda sandbox_id=target: provider.kill(sandbox_id))
     return await _now_gone(runtime, lease, note)

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sandbox_pipeline import leasing, preparation
+from sandbox_pipeline import leasing, preparation, verification
 from sandbox_pipeline.agents.base import PROMPT_FILE, Task
 from sandbox_pipeline.clock import now
 from sandbox_pipeline.errors import (
@@ -25,6 +25,7 @@ from sandbox_pipeline.errors import (
     StoreError,
 )
 from sandbox_pipeline.exchange import exchange_folder
+from sandbox_pipeline.injection import place_of_key
 from sandbox_pipeline.records import (
     AgentResult,
     Control,
@@ -37,6 +38,8 @@ from sandbox_pipeline.records import (
     Outcome,
     SandboxState,
     Stage,
+    Verdict,
+    Verification,
     fork_key,
     orchestration_key,
     sandbox_key,
@@ -103,7 +106,11 @@ class ForkLife:
             except ProviderError as error:
                 logger.info("%s: no resource figures: %s", self._key, error)
         payload = {name: value for name, value in vars(resources).items() if value is not None}
-        await self.event("metrics-recorded", {"outcome": fork.outcome.value, **payload})
+        await self._change(
+            lambda it: it.evolve(used=it.used.model_copy(update=payload)),
+            "metrics-recorded",
+            {"outcome": fork.outcome.value, **payload},
+        )
         return resources
 
     async def cleanup_sandbox(self) -> None:
@@ -122,7 +129,8 @@ class ForkLife:
             await self.event("sandbox-cleaned", {"ok": False, "reason": _short(str(error))})
             ended = []
         seconds = time.monotonic() - began
-        self._runtime.slots.give_back(self._ref)
+        if not verification.is_wanted(orchestration, await self._store.need(Fork, self._key)):
+            self._runtime.slots.give_back(self._ref)
 
         def finish(fork: Fork) -> Fork:
             if fork.ended_at is not None:
@@ -139,6 +147,38 @@ class ForkLife:
         await self._change(finish)
         for lease in ended:
             await self.event("sandbox-cleaned", {"ok": True, "sandbox_id": lease.sandbox_id})
+
+    async def verify_patch(self) -> None:
+        """Try the fork's patch in a fresh sandbox; the fork's outcome stays what it is.
+
+        Keeps the slot of the fork's own sandbox until then: a fork that has begun is finished
+        before another one begins.
+        """
+        orchestration = await self._orchestration()
+        fork = await self._store.need(Fork, self._key)
+        try:
+            if not verification.is_wanted(orchestration, fork):
+                return
+            found = await verification.verify(
+                self._runtime,
+                orchestration,
+                fork,
+                self._run_id,
+                artifacts_of(orchestration, fork),
+            )
+        except (ProviderError, AgentError, OSError) as error:
+            text = _short(self._runtime.redactor(orchestration).text(str(error)))
+            found = Verification(outcome=Verdict.ERROR, reason=text)
+        finally:
+            self._runtime.slots.give_back(self._ref)
+        if found is None:
+            return
+        payload = {
+            "outcome": found.outcome.value,
+            "reason": found.reason[:200],
+            "seconds": found.seconds and round(found.seconds, 3),
+        }
+        await self._change(lambda it: it.evolve(verification=found), "patch-verified", payload)
 
     async def show_progress(self, text: str, cost_usd: float | None) -> None:
         """Put a short line into the fork's record, for those who watch."""
@@ -366,6 +406,9 @@ class ForkLife:
         folder = artifacts_of(orchestration, fork)
         folder.mkdir(parents=True, exist_ok=True)
         await sandbox.write(prompt_path, config.prompt.encode())
+        exchange = exchange_folder(
+            self._runtime.settings.home, orchestration, agent, await self._lease_id(fork)
+        )
         task = Task(
             workflow_id=self._ref.workflow_id,
             fork_num=self._ref.fork_num,
@@ -377,10 +420,9 @@ class ForkLife:
             artifacts=folder,
             environ=self._runtime.environ,
             redactor=self._runtime.redactor(orchestration),
-            exchange_dir=exchange_folder(
-                self._runtime.settings.home, orchestration, agent, await self._lease_id(fork)
-            ),
+            exchange_dir=exchange,
             network=preparation.network_of(orchestration),
+            key_injected=exchange is None and await self._key_injected(orchestration, sandbox),
         )
         try:
             return await agent.run(sandbox, task, _Reporter(self))
@@ -390,6 +432,13 @@ class ForkLife:
                 failure_class=error.failure_class,
                 message=_short(task.redactor.text(str(error))),
             )
+
+    async def _key_injected(self, orchestration: Orchestration, sandbox: Sandbox) -> bool:
+        agent = self._runtime.agent(orchestration.config.agent.kind)
+        place = await place_of_key(self._runtime, orchestration, agent, sandbox.sandbox_id)
+        if place.warning:
+            await self.event("key-in-sandbox", {"reason": place.warning})
+        return place.injected
 
     async def _save_result(
         self, fork: Fork, orchestration: Orchestration, sandbox: Sandbox, result: AgentResult

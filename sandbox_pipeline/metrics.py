@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from sandbox_pipeline.records import Fork, Orchestration, Outcome
+from sandbox_pipeline.records import Fork, Orchestration, Outcome, Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,6 +74,9 @@ def fork_row(fork: Fork, orchestration: Orchestration, folder: str) -> Row:
         },
         **fork.timings.model_dump(),
         "total_seconds": fork.total_seconds,
+        "cpu_seconds": fork.used.cpu_seconds,
+        "peak_memory_mb": _mebibytes(fork.used.peak_memory_bytes),
+        "sandbox_cost_usd": _sandbox_cost(fork),
         "input_tokens": usage and usage.input_tokens,
         "output_tokens": usage and usage.output_tokens,
         "cache_creation_input_tokens": usage and usage.cache_creation_input_tokens,
@@ -89,10 +92,31 @@ def fork_row(fork: Fork, orchestration: Orchestration, folder: str) -> Row:
         "output_truncated": result and result.output_truncated,
         "secret_leak": bool((result and result.secret_leak) or (patch and patch.secret_leak)),
         "exit_code": result and result.exit_code,
+        **_verification(fork),
         "patch_path": patch and patch.path,
         "transcript_path": f"{folder}/transcript.jsonl" if result else None,
         "started_at": fork.started_at and fork.started_at.at,
         "ended_at": fork.ended_at and fork.ended_at.at,
+    }
+
+
+def verdict_of(fork: Fork) -> Verdict:
+    """What is known of the fork's patch."""
+    return fork.verification.outcome if fork.verification else Verdict.UNVERIFIED
+
+
+def _verification(fork: Fork) -> Row:
+    found = fork.verification
+    return {
+        "verification": verdict_of(fork).value,
+        "verify_reason": found and found.reason,
+        "verify_seconds": found and found.seconds,
+        "verify_exit_code": found and found.exit_code,
+        "tests_passed": found and found.tests_passed,
+        "tests_failed": found and found.tests_failed,
+        "tests_skipped": found and found.tests_skipped,
+        "protected_restored": found and len(found.restored),
+        "verify_log_path": found and found.log_path,
     }
 
 
@@ -107,6 +131,7 @@ def summary_row(orchestration: Orchestration, forks: Sequence[Fork]) -> Row:
     durations = sorted(fork.total_seconds for fork in forks if fork.total_seconds is not None)
     alive = sum(fork.timings.sandbox_seconds or 0.0 for fork in forks)
     working = sum(fork.timings.agent_seconds or 0.0 for fork in forks)
+    verdicts = [verdict_of(fork) for fork in forks]
     done = orchestration.completed_at
     config = orchestration.config
     return {
@@ -125,6 +150,8 @@ def summary_row(orchestration: Orchestration, forks: Sequence[Fork]) -> Row:
         "cancelled": count[Outcome.CANCELLED],
         "over_budget": count[Outcome.BUDGET_EXCEEDED],
         "success_rate": count[Outcome.SUCCESS] / config.num_forks,
+        "verified": verdicts.count(Verdict.VERIFIED),
+        "rejected": verdicts.count(Verdict.REJECTED),
         "cost_usd": sum(costs) if costs else None,
         "forks_without_cost": len(forks) - len(costs),
         "total_seconds_p50": quantile(durations, 0.5),
@@ -135,6 +162,15 @@ def summary_row(orchestration: Orchestration, forks: Sequence[Fork]) -> Row:
         "requested_at": orchestration.requested_at.at,
         "completed_at": done and done.at,
     }
+
+
+def _mebibytes(count: int | None) -> float | None:
+    return None if count is None else count / 2**20
+
+
+def _sandbox_cost(fork: Fork) -> float | None:
+    seconds, price = fork.timings.sandbox_seconds, fork.used.usd_per_second
+    return None if seconds is None or price is None else seconds * price
 
 
 def quantile(ordered: Sequence[float], q: float) -> float | None:

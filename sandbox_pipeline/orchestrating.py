@@ -149,6 +149,7 @@ async def complete(
         failure_class=FailureClass.LOST,
     )
     alive = await _end_all(runtime, orchestration, note="orchestration ended")
+    orchestration = await preparation.discard_base(runtime, orchestration)
     if not orchestration.complete:
         orchestration = await store.update(
             Orchestration,
@@ -208,6 +209,7 @@ async def cancel_now(runtime: Runtime, orchestration: Orchestration) -> None:
     )
     await _mark_unfinished(runtime, orchestration, Outcome.CANCELLED, "cancelled")
     alive = await _end_all(runtime, orchestration, note="cancelled")
+    orchestration = await preparation.discard_base(runtime, orchestration)
     orchestration = await runtime.store.update(
         Orchestration,
         orchestration.key,

@@ -8,11 +8,17 @@ from typing import cast
 
 from sandbox_pipeline import demo, leasing
 from sandbox_pipeline.config import DEMO_REPO, OrchestrationConfig
-from sandbox_pipeline.errors import AgentError, ErrorKind, FailureClass, ProviderError
+from sandbox_pipeline.errors import (
+    AgentError,
+    ConfigError,
+    ErrorKind,
+    FailureClass,
+    ProviderError,
+)
 from sandbox_pipeline.records import Orchestration, orchestration_key
 from sandbox_pipeline.retrying import patiently
 from sandbox_pipeline.runtime import Runtime
-from sandbox_pipeline.sandboxes.base import WORKSPACE, Command, Network, Sandbox
+from sandbox_pipeline.sandboxes.base import WORKSPACE, Command, Discarding, Network, Sandbox
 from sandbox_pipeline.sandboxes.steady import SteadySandbox
 from sandbox_pipeline.workspace.checkout import put_repository, tail
 from sandbox_pipeline.workspace.mirror import Base, pin
@@ -113,6 +119,23 @@ async def prepare(runtime: Runtime, orchestration: Orchestration, run_id: str) -
         Orchestration,
         orchestration_key(orchestration.workflow_id),
         lambda it: it.evolve(base_snapshot=name),
+    )
+
+
+async def discard_base(runtime: Runtime, orchestration: Orchestration) -> Orchestration:
+    """Remove the prepared workspace, which no fork needs any more; a failure is only logged."""
+    name = orchestration.base_snapshot
+    if name is None:
+        return orchestration
+    try:
+        provider = runtime.provider(orchestration.provider)
+        if isinstance(provider, Discarding):
+            await patiently(orchestration.config.retry, lambda: provider.discard(name))
+    except (ProviderError, ConfigError) as error:
+        logger.warning("snapshot %s of %s is left over: %s", name, orchestration.key, error)
+        return orchestration
+    return await runtime.store.update(
+        Orchestration, orchestration.key, lambda it: it.evolve(base_snapshot=None)
     )
 
 

@@ -52,9 +52,10 @@ class SandboxState(StrEnum):
 
 
 class Control(StrEnum):
-    """What people asked of a running orchestration."""
+    """What people asked of an orchestration, or of one fork (`PAUSE` is for the former only)."""
 
     RUN = "run"
+    PAUSE = "pause"
     CANCEL = "cancel"
 
 
@@ -138,12 +139,49 @@ class Patch(Value):
     path: str | None = None
 
 
+class Verdict(StrEnum):
+    """What the verification of a patch showed."""
+
+    VERIFIED = "verified"
+    REJECTED = "rejected"
+    UNVERIFIED = "unverified"
+    """Nothing was shown: no verify_command, no patch, or no test was run."""
+    ERROR = "error"
+    """The verification itself failed."""
+
+
+class Verification(Value):
+    """What came of a fork's patch in a fresh sandbox.
+
+    Attributes:
+        exit_code: of `verify_command`; None where it was not run.
+        tests_passed, tests_failed, tests_skipped: by the JUnit report; None without one.
+        failed_tests: names of the first ones.
+        restored: protected files that the patch changed and that were put back.
+        log_path: the command's output on this machine.
+    """
+
+    outcome: Verdict
+    reason: str = ""
+    exit_code: int | None = None
+    seconds: float | None = None
+    tests_passed: int | None = None
+    tests_failed: int | None = None
+    tests_skipped: int | None = None
+    failed_tests: tuple[str, ...] = ()
+    restored: tuple[str, ...] = ()
+    log_path: str | None = None
+    log_truncated: bool = False
+
+
 class Lease(Record):
     """That a sandbox exists or may exist, for whom, and until when.
 
     Attributes:
         lease_id: ours, made before the sandbox; also the provider's idempotency key.
-        purpose: `fork`, or `base` for the sandbox in which `setup_command` runs.
+        purpose: `fork`, `base` for the sandbox in which `setup_command` runs, `verify` for one
+            in which a patch is verified.
+        doubtful: some try at creating it had no clear answer, so there may be a second one.
     """
 
     kind: ClassVar[str] = "sandbox"
@@ -160,6 +198,7 @@ class Lease(Record):
     live_at: Instant | None = None
     gone_at: Instant | None = None
     expires_at: float | None = None
+    doubtful: bool = False
     note: str = ""
 
     @property
@@ -185,12 +224,27 @@ class Timings(Value):
     """Sandboxes of this fork alive, from the provider's answer to the confirmed end, summed."""
 
 
+class Used(Value):
+    """What a fork's last sandbox used; `None` where the provider doesn't tell.
+
+    Attributes:
+        usd_per_second: price of the sandbox by the provider's table.
+    """
+
+    cpu_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    disk_bytes: int | None = None
+    usd_per_second: float | None = None
+
+
 class Fork(Record):
     """One attempt at the prompt.
 
     Attributes:
         attempts: tries so far at each stage, by the stage's name; survives crashes.
-        fatal: this failure would befall every other fork alike.
+        control: what people asked of this fork alone.
+        budget_usd: what was reserved for it; its agent may spend no more.
+        earlier_cost_usd: spent by attempts whose sandbox was lost, `result` apart.
     """
 
     kind: ClassVar[str] = "fork"
@@ -205,8 +259,10 @@ class Fork(Record):
     sandbox_id: str | None = None
     sandbox_state: SandboxState | None = None
     timings: Timings = Field(default_factory=Timings)
+    used: Used = Field(default_factory=Used)
     result: AgentResult | None = None
     patch: Patch | None = None
+    verification: Verification | None = None
     queued_at: Instant | None = None
     started_at: Instant | None = None
     agent_started_at: Instant | None = None
@@ -215,6 +271,9 @@ class Fork(Record):
     run_id: str | None = None
     progress: str = ""
     cost_so_far_usd: float | None = None
+    control: Control = Control.RUN
+    budget_usd: float | None = None
+    earlier_cost_usd: float | None = None
 
     @property
     def key(self) -> str:
@@ -234,6 +293,7 @@ class Owner(Value):
         epoch: counts the owners; a former one sees that it was replaced.
         pid, boot: where the run's worker lives, so that its death is seen at once nearby.
         pid_started: start time of that process in clock ticks, since pids are used again.
+        silent_seconds: without a heartbeat for so long it counts as dead.
     """
 
     run_id: str
@@ -242,6 +302,7 @@ class Owner(Value):
     boot: str
     pid_started: str
     heartbeat: Instant
+    silent_seconds: float = 60.0
 
 
 class Failure(Value):

@@ -18,6 +18,7 @@ from sandbox_pipeline.sandboxes.base import (
     WORKSPACE,
     Command,
     CommandResult,
+    Discarding,
     Network,
     Resources,
     Sandbox,
@@ -114,6 +115,12 @@ class FaultyProvider:
         name = await self.call("snapshot", lambda: self.inner.snapshot(inner))
         self.ledger.killed.append(sandbox.sandbox_id)
         return name
+
+    async def discard(self, base: str) -> None:
+        """See `Discarding.discard`."""
+        if isinstance(self.inner, Discarding):
+            inner = self.inner
+            await self.call("discard", lambda: inner.discard(base))
 
     async def close(self) -> None:
         """See `SandboxProvider.close`."""
@@ -222,6 +229,7 @@ async def drive(
         await life.run_agent()
         await life.record_metrics()
         await life.cleanup_sandbox()
+        await life.verify_patch()
 
     await asyncio.gather(*(one(ref) for ref in refs))
     return await orchestrating.complete(runtime, workflow_id, run_id, announce)

@@ -54,7 +54,9 @@ class AnthropicAgent:
     kind = "anthropic"
     network: Network = "none"
 
-    def validate(self, config: AgentConfig, environ: Mapping[str, str]) -> None:
+    def validate(
+        self, config: AgentConfig, environ: Mapping[str, str], *, provider: str = "local"
+    ) -> None:
         """See `Agent.validate`."""
         if importlib.util.find_spec("anthropic") is None:
             msg = "agent.kind: 'anthropic' needs the package anthropic: pip install anthropic"

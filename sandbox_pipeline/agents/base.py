@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sandbox_pipeline.config import AgentConfig
 from sandbox_pipeline.records import AgentResult
@@ -29,6 +29,7 @@ class Task:
         exchange_dir: folder on this machine, of this sandbox alone, that is at `EXCHANGE_DIR`
             inside; None where the provider has no mounts. The sandbox may have written there.
         network: what the sandbox may reach.
+        key_injected: the provider puts the agent's `ModelApi.headers` on the sandbox's requests.
     """
 
     workflow_id: str
@@ -43,6 +44,19 @@ class Task:
     redactor: Redactor
     exchange_dir: Path | None = None
     network: Network = "none"
+    key_injected: bool = False
+
+
+@dataclass(frozen=True)
+class ModelApi:
+    """What an agent inside a sandbox talks to.
+
+    Attributes:
+        headers: of each request; they hold the key.
+    """
+
+    host: str
+    headers: Mapping[str, str] = field(repr=False)
 
 
 class Reporter(Protocol):
@@ -87,5 +101,18 @@ class Agent(Protocol):
         Raises:
             AgentError: the agent's answer can't be read.
             ProviderError: the sandbox failed.
+        """
+        ...
+
+
+@runtime_checkable
+class UsesModelApi(Protocol):
+    """An agent that needs a model's key inside the sandbox, unless it is injected; optional."""
+
+    def model_api(self, environ: Mapping[str, str]) -> ModelApi:
+        """What to let through, and which headers to put on it.
+
+        Raises:
+            ConfigError: the environment has no key.
         """
         ...

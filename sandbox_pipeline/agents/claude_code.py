@@ -1,8 +1,9 @@
 """The `claude_code` agent: Anthropic's command line agent, inside the sandbox, headless.
 
 Where a folder can be shared with the sandbox, the model is reached through `KeyProxy` and no key
-is inside. Elsewhere (E2B) the key is in the environment of Claude Code's process alone, where the
-agent's own commands could read it: use a key with a spending limit there.
+is inside. Where the provider can put headers on the sandbox's requests (E2B), it adds the key
+outside. Elsewhere the key is in the environment of Claude Code's process alone, where the agent's
+own commands could read it: use a key with a spending limit there.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from sandbox_pipeline.agents.base import EXCHANGE_DIR, Reporter, Task
+from sandbox_pipeline.agents.base import EXCHANGE_DIR, ModelApi, Reporter, Task
 from sandbox_pipeline.agents.claude_binary import find_claude
 from sandbox_pipeline.agents.claude_stream import (
     MAX_STREAM_LINE_BYTES,
@@ -37,7 +39,7 @@ from sandbox_pipeline.agents.transcript import TranscriptWriter
 from sandbox_pipeline.config import AgentConfig
 from sandbox_pipeline.errors import AgentError, ConfigError, FailureClass
 from sandbox_pipeline.records import AgentResult, Outcome, Usage
-from sandbox_pipeline.sandboxes.base import WORKSPACE, Command, Network, Sandbox
+from sandbox_pipeline.sandboxes.base import MODEL_HOST, WORKSPACE, Command, Network, Sandbox
 
 MOUNTED_BINARY = "/opt/claude-code/claude"
 PROXIED_URL = "http://model-api.invalid"
@@ -78,6 +80,12 @@ class ClaudeCodeAgent:
     def mounts(self, config: AgentConfig, environ: Mapping[str, str]) -> Mapping[str, str]:
         """See `Agent.mounts`."""
         return {str(find_claude(config, environ)): MOUNTED_BINARY}
+
+    def model_api(self, environ: Mapping[str, str]) -> ModelApi:
+        """See `UsesModelApi`."""
+        host = urlsplit(base_url(environ)).hostname or MODEL_HOST
+        name, value = find_credential(environ).header
+        return ModelApi(host, {name: value})
 
     async def run(self, sandbox: Sandbox, task: Task, reporter: Reporter) -> AgentResult:
         """See `Agent.run`."""
@@ -227,7 +235,8 @@ def _environment(sandbox: Sandbox, task: Task) -> dict[str, str]:
         env[credential.variable] = _placeholder(sandbox, task)
     else:
         env["ANTHROPIC_BASE_URL"] = base_url(task.environ)
-        env[credential.variable] = credential.value
+        inside = _placeholder(sandbox, task) if task.key_injected else credential.value
+        env[credential.variable] = inside
     return env
 
 

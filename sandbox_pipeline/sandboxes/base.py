@@ -16,6 +16,7 @@ HOME = "/home/user"
 """Home directory in every sandbox; the only place that is writable for sure, with /tmp."""
 WORKSPACE = f"{HOME}/workspace"
 """Where the repository is."""
+MODEL_HOST = "api.anthropic.com"
 STATE_DIR = f"{HOME}/.sandbox_pipeline"
 """Where this package keeps prompt, spooled output and exit codes inside the sandbox."""
 
@@ -46,6 +47,10 @@ class SandboxSpec:
         base: name of a snapshot to start from, as `SandboxProvider.snapshot` gave it.
         mounts: host path to path inside, read-only, for what an agent's adapter needs; only
             the local provider has them.
+        idempotency_key: of this try at creating it; empty: `lease_id`.
+        model_host: what network `model_api` lets it reach.
+        model_headers: for an `Injecting` provider to put on its requests to `model_host`,
+            outside of the sandbox; they hold the model's key.
     """
 
     lease_id: str
@@ -55,6 +60,9 @@ class SandboxSpec:
     config: SandboxConfig
     base: str | None = None
     mounts: Mapping[str, str] = field(default_factory=dict[str, str])
+    idempotency_key: str = ""
+    model_host: str = MODEL_HOST
+    model_headers: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
 
 
 @dataclass(frozen=True)
@@ -111,11 +119,16 @@ class CommandResult:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a sandbox used so far; None where the provider doesn't tell."""
+    """What a sandbox used so far; None where the provider doesn't tell.
+
+    Attributes:
+        usd_per_second: estimated price while it lives.
+    """
 
     cpu_seconds: float | None = None
     peak_memory_bytes: int | None = None
     disk_bytes: int | None = None
+    usd_per_second: float | None = None
 
 
 class Sandbox(Protocol):
@@ -190,6 +203,24 @@ class SandboxProvider(Protocol):
 
     async def close(self) -> None:
         """Let go of connections; the sandboxes live on."""
+        ...
+
+
+@runtime_checkable
+class Injecting(Protocol):
+    """A provider that can put `SandboxSpec.model_headers` on a sandbox's requests; optional."""
+
+    async def injects(self, sandbox_id: str, host: str) -> bool:
+        """Whether it really does so for this sandbox and host; raises `ProviderError`."""
+        ...
+
+
+@runtime_checkable
+class Discarding(Protocol):
+    """A provider whose snapshots have to be removed once nobody needs them; optional."""
+
+    async def discard(self, base: str) -> None:
+        """Remove a snapshot; nothing where there is none; raises `ProviderError`."""
         ...
 
 

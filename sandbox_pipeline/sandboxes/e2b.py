@@ -16,17 +16,16 @@ from sandbox_pipeline.sandboxes.base import (
     STATE_DIR,
     WORKSPACE,
     Command,
-    Network,
     Sandbox,
     SandboxInfo,
     SandboxSpec,
 )
 from sandbox_pipeline.sandboxes.e2b_client import E2BClient
 from sandbox_pipeline.sandboxes.e2b_errors import MAX_MESSAGE_CHARS, Call
+from sandbox_pipeline.sandboxes.e2b_prices import SandboxPrices, prices_from_environ
 from sandbox_pipeline.sandboxes.e2b_sandbox import E2BSandbox
 
 DEFAULT_TEMPLATE = "claude"
-MODEL_API_HOST = "api.anthropic.com"
 PAGE_SIZE = 100
 MAX_PAGES = 1000
 CONNECT_TTL_SECONDS = 15
@@ -55,6 +54,7 @@ class E2BProvider:
         domain, api_url, sandbox_url: where E2B is; None for the SDK's own defaults.
         redactor: takes secrets out of error messages; by default the key only.
         request_timeout_seconds: longest wait for an answer of the API.
+        prices: of a running sandbox; by default the built-in ones.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class E2BProvider:
         sandbox_url: str | None = None,
         redactor: Redactor | None = None,
         request_timeout_seconds: float = 60.0,
+        prices: SandboxPrices | None = None,
     ) -> None:
         self._client = E2BClient(
             api_key,
@@ -74,6 +75,7 @@ class E2BProvider:
             sandbox_url=sandbox_url,
             redactor=redactor,
             timeout_seconds=request_timeout_seconds,
+            prices=prices,
         )
         self._options = self._client.options
 
@@ -82,7 +84,8 @@ class E2BProvider:
         """As the SDK's own variables say.
 
         Raises:
-            ConfigError: `E2B_API_KEY` is missing or malformed, or `E2B_DEBUG` is set.
+            ConfigError: `E2B_API_KEY` is missing or malformed, the prices are malformed, or
+                `E2B_DEBUG` is set.
         """
         debug = environ.get("E2B_DEBUG", "")
         if debug.strip().lower() not in ("", "0", "false"):
@@ -94,6 +97,7 @@ class E2BProvider:
             api_url=environ.get("E2B_API_URL") or None,
             sandbox_url=environ.get("E2B_SANDBOX_URL") or None,
             redactor=Redactor.from_environ(environ),
+            prices=prices_from_environ(environ),
         )
 
     def __repr__(self) -> str:
@@ -115,8 +119,8 @@ class E2BProvider:
                 timeout=math.ceil(spec.ttl_seconds),
                 metadata=dict(spec.metadata),
                 lifecycle={"on_timeout": "kill"},
-                idempotency_key=spec.lease_id,
-                **_network_options(spec.network),
+                idempotency_key=spec.idempotency_key or spec.lease_id,
+                **_network_options(spec),
                 **self._options,
             ),
             Call.CREATE,
@@ -201,7 +205,7 @@ class E2BProvider:
     async def snapshot(self, sandbox: Sandbox) -> str:
         """Keep its files and memory as a template for others, then end it.
 
-        The template stays in the account until somebody deletes it.
+        The template stays in the account until `discard`.
         """
         from e2b import AsyncSandbox
 
@@ -216,6 +220,19 @@ class E2BProvider:
             raise
         await self.kill(sandbox_id)
         return info.snapshot_id
+
+    async def discard(self, base: str) -> None:
+        """Delete the template that `snapshot` made; nothing where there is none."""
+        from e2b import AsyncSandbox
+
+        deleted = AsyncSandbox.delete_snapshot(base, **self._options)
+        await self._client.ask(deleted, Call.ACCOUNT, "delete a snapshot")
+
+    async def injects(self, sandbox_id: str, host: str) -> bool:
+        """Whether E2B says that it has rules for this host; an older server drops them."""
+        info = await self._client.info(sandbox_id, "look at a sandbox's network")
+        rules: Mapping[str, Any] = (info.network or {}).get("rules") or {}
+        return host in rules
 
     async def close(self) -> None:
         """Nothing: the SDK's connections belong to the process."""
@@ -240,14 +257,17 @@ class E2BProvider:
         return [*findings, Finding(f"E2B template {name!r}", exists, message)]
 
 
-def _network_options(network: Network) -> dict[str, Any]:
+def _network_options(spec: SandboxSpec) -> dict[str, Any]:
     from e2b import ALL_TRAFFIC
 
     # Nobody outside needs the sandbox's ports; E2B's own access doesn't go by this setting.
     closed: dict[str, Any] = {"allow_public_traffic": False}
-    if network == "none":
+    if spec.network == "none":
         return {"allow_internet_access": False, "network": closed}
-    if network == "model_api":
-        only = {"allow_out": [MODEL_API_HOST], "deny_out": [ALL_TRAFFIC]}
+    if spec.model_headers:
+        transform = {"transform": {"headers": dict(spec.model_headers)}}
+        closed["rules"] = {spec.model_host: [transform]}
+    if spec.network == "model_api":
+        only = {"allow_out": [spec.model_host], "deny_out": [ALL_TRAFFIC]}
         return {"network": closed | only}
     return {"allow_internet_access": True, "network": closed}

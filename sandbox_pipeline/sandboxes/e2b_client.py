@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sandbox_pipeline.errors import ConfigError, ErrorKind, ProviderError
 from sandbox_pipeline.redaction import Redactor
 from sandbox_pipeline.sandboxes.e2b_errors import Call, provider_error
+from sandbox_pipeline.sandboxes.e2b_prices import SandboxPrices
 
 if TYPE_CHECKING:
     import e2b
@@ -25,6 +26,7 @@ class E2BClient:
         domain, api_url, sandbox_url: where E2B is; None for the SDK's own defaults.
         redactor: takes secrets out of error messages; by default the key only.
         timeout_seconds: longest wait for an answer of the API.
+        prices: of a running sandbox.
 
     Attributes:
         options: what each call of the SDK is given.
@@ -42,10 +44,12 @@ class E2BClient:
         sandbox_url: str | None,
         redactor: Redactor | None,
         timeout_seconds: float,
+        prices: SandboxPrices | None = None,
     ) -> None:
         _check_key(api_key)
         self.redactor = redactor or Redactor([api_key])
         self.timeout_seconds = timeout_seconds
+        self.prices = prices or SandboxPrices()
         self.options: dict[str, Any] = {
             "api_key": api_key,
             "domain": domain,

@@ -123,9 +123,14 @@ class E2BSandbox:
 
     async def resources(self) -> Resources:
         """Estimated from E2B's samples; the disk's figure includes the template."""
-        samples = await self._ask(self._sdk.get_metrics(), "tell what a sandbox used")
+        doing = "tell what a sandbox used"
+        info = await self._client.info(self.sandbox_id, doing)
+        price = self._client.prices.usd_per_second(
+            cpu_count=info.cpu_count, memory_mib=info.memory_mb
+        )
+        samples = await self._ask(self._sdk.get_metrics(), doing)
         if not samples:
-            return Resources()
+            return Resources(usd_per_second=price)
         cpu_seconds = sum(
             after.cpu_used_pct
             / 100
@@ -137,6 +142,7 @@ class E2BSandbox:
             cpu_seconds=cpu_seconds if len(samples) > 1 else None,
             peak_memory_bytes=max(sample.mem_used for sample in samples),
             disk_bytes=samples[-1].disk_used,
+            usd_per_second=price,
         )
 
     async def _upload(self, path: str, data: bytes, doing: str) -> None:

@@ -17,6 +17,8 @@ from collections.abc import Awaitable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from sandbox_pipeline.checks import Check
+from sandbox_pipeline.config import SandboxConfig
 from sandbox_pipeline.errors import ErrorKind, ProviderError
 from sandbox_pipeline.sandboxes import bubblewrap
 from sandbox_pipeline.sandboxes.base import (
@@ -27,6 +29,7 @@ from sandbox_pipeline.sandboxes.base import (
     SandboxInfo,
     SandboxSpec,
 )
+from sandbox_pipeline.sandboxes.local_checks import check_local
 from sandbox_pipeline.sandboxes.local_folder import (
     SANDBOX_ID,
     SandboxFolder,
@@ -118,7 +121,7 @@ class LocalProvider:
         return was_alive
 
     async def snapshot(self, sandbox: Sandbox) -> str:
-        """See `SandboxProvider.snapshot`; the base is there until `discard_base`."""
+        """See `SandboxProvider.snapshot`; the base is there until `discard`."""
         folder = self._folder(sandbox.sandbox_id)
         name = f"base-{folder.sandbox_id.removeprefix('local-')}"
         place = self.root / "bases" / name
@@ -134,10 +137,14 @@ class LocalProvider:
             await _to_end(asyncio.to_thread(_move_home, folder, place))
         return name
 
-    async def discard_base(self, name: str) -> None:
+    async def discard(self, base: str) -> None:
         """Remove a snapshot; nothing happens when there is none."""
-        place = self._base(name)
+        place = self._base(base)
         await _to_end(asyncio.to_thread(remove_tree, str(place)))
+
+    async def diagnose(self, config: SandboxConfig) -> Sequence[Check]:
+        """See `SelfChecking`."""
+        return await asyncio.to_thread(check_local, config)
 
     async def close(self) -> None:
         """Nothing is held between calls."""

@@ -245,7 +245,7 @@ class TestSandboxes:
     ) -> None:
         sandbox = await provider.create(spec_of())
         server.faults.add(Fault(path=".*/metrics", status=200, body="[]"))
-        assert await sandbox.resources() == Resources()
+        assert await sandbox.resources() == Resources(usd_per_second=pytest.approx(3.025e-5))
 
     @pytest.mark.parametrize(
         ("network", "told"),

@@ -333,7 +333,7 @@ class Shared:
                 assert caught.value.kind is ErrorKind.INVALID
         for name in ("../x", "base-../x", "base-a\0"):
             with pytest.raises(ProviderError):
-                await provider.discard_base(name)
+                await provider.discard(name)
             with pytest.raises(ProviderError):
                 await provider.create(self.spec(base=name))
         with pytest.raises(ProviderError):
@@ -342,8 +342,8 @@ class Shared:
     async def test_discarded_base_is_gone(self, provider: LocalProvider, root: Path) -> None:
         base = await provider.snapshot(await provider.create(self.spec()))
         assert (root / "bases" / base / "home").is_dir()
-        await provider.discard_base(base)
-        await provider.discard_base(base)
+        await provider.discard(base)
+        await provider.discard(base)
         assert list((root / "bases").iterdir()) == []
 
     async def test_kill_does_not_wait_for_much_data_to_be_removed(

@@ -73,8 +73,9 @@ class Egress:
         if name not in self._upstreams or (allowed and name not in allowed):
             return JSONResponse({"message": f"egress to {name} is denied"}, 403)
         headers = {key: text for key, text in request.headers.items() if key not in HOP_BY_HOP}
-        for rule in (self._network.get("rules") or {}).get(name, []):
-            added: Mapping[str, str] = (rule.get("transform") or {}).get("headers") or {}
+        rules: Mapping[str, list[Any]] = self._network.get("rules") or {}
+        for rule in rules.get(name, []):
+            added: Mapping[str, str] = rule["transform"]["headers"]
             headers |= {key.lower(): text for key, text in added.items()}
         sent = self._client.build_request(
             request.method,
