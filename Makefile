@@ -42,7 +42,7 @@ ui: $(STAMP) ## Open Dagster's UI on the same instance
 	@$(BIN)/sandbox-pipeline ui
 
 bench: $(STAMP) ## Measure the overhead of a fork
-	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python -m benchmarks.overhead
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) .dagster_home build dist *.egg-info

@@ -1,6 +1,6 @@
 """What a fork costs besides its agent: no-op forks under both executors, in one run.
 
-Usage: python benchmarks/overhead.py [--forks 32] [--json]
+Usage: python -m benchmarks.overhead [--forks 32] [--json]
 
 Each executor runs the whole job (all seven ops, store, events, a bubblewrap sandbox for each
 fork) in a process tree of its own. CPU is that of the tree and of the sandboxes, by the kernel's
@@ -10,6 +10,7 @@ accounting; memory is the largest sum of proportional set sizes of the tree, sam
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ import psutil
 from tests.conftest import make_repo
 
 SAMPLE_SECONDS = 0.25
+PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,13 @@ class Figures:
 
 def main() -> int:
     """Measure, print, and check that every fork succeeded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--forks", type=int, default=32)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    _adopt_orphans()
     results = [measure(name, arguments.forks) for name in ("async", "multiprocess")]
     ours, stock = results
     ratio = stock.cpu_seconds / ours.cpu_seconds
@@ -79,7 +84,6 @@ def measure(executor: str, forks: int) -> Figures:
     with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
         repo = make_repo(Path(folder) / "repo")
         before = _cpu_of_children()
-        detached = _Detached(Path(folder))
         began = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-m", "sandbox_pipeline", "run", "--repo", str(repo), "--prompt", "p",
@@ -93,7 +97,6 @@ def measure(executor: str, forks: int) -> Figures:
         with process:
             while process.poll() is None:
                 peak = max(peak, _memory(process.pid))
-                detached.sample()
                 time.sleep(SAMPLE_SECONDS)
             assert process.stdout is not None
             output = process.stdout.read()
@@ -102,33 +105,25 @@ def measure(executor: str, forks: int) -> Figures:
         if result["summary"]["succeeded"] != forks:
             msg = f"{executor}: not every fork succeeded: {result['summary']}"
             raise SystemExit(msg)
-        # Sandboxes are no children of the run: their CPU is what they report of themselves.
-        inside = detached.cpu_seconds()
-        return Figures(executor, forks, wall, _cpu_of_children() - before + inside, peak / 1e6)
+        _reap_orphans()
+        return Figures(executor, forks, wall, _cpu_of_children() - before, peak / 1e6)
 
 
-class _Detached:
-    """CPU of supervisors and what is below them, which are nobody's children."""
+def _adopt_orphans() -> None:
+    """Become the parent of sandboxes, which their own parent leaves, so that their CPU counts."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        msg = "prctl failed; this benchmark needs Linux"
+        raise SystemExit(msg)
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = str(folder)
-        self._seen: dict[tuple[int, float], float] = {}
 
-    def sample(self) -> None:
-        for process in psutil.process_iter(["cmdline", "create_time"]):
-            try:
-                if self._folder not in " ".join(process.info["cmdline"] or []):
-                    continue
-                if "supervisor.py" not in " ".join(process.info["cmdline"] or []):
-                    continue
-                for item in (process, *process.children(recursive=True)):
-                    times = item.cpu_times()
-                    self._seen[item.pid, item.create_time()] = times.user + times.system
-            except psutil.Error:
-                continue
-
-    def cpu_seconds(self) -> float:
-        return sum(self._seen.values())
+def _reap_orphans() -> None:
+    """Wait for them all; only then does the kernel count their CPU as this process's children's."""
+    while True:
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
 
 
 def _cpu_of_children() -> float:

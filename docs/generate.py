@@ -148,7 +148,11 @@ def columns(chosen: Any) -> str:
 
 def env_example() -> str:
     """The file to copy to `.env`."""
-    lines = ["# Copy to .env and fill in what you need; every variable is optional.", ""]
+    lines = [
+        "# Every variable is optional. Copy to .env, which `sandbox-pipeline ui` reads from the",
+        "# current folder; for the other commands: set -a; . ./.env; set +a",
+        "",
+    ]
     for name, (value, text) in VARIABLES.items():
         lines += [f"# {text}", f"# {name}={value}", ""]
     return "\n".join(lines)

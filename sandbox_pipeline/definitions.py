@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import dagster as dg
@@ -17,6 +18,7 @@ from sandbox_pipeline.settings import Settings
 def defs() -> dg.Definitions:
     """The main orchestration, prefilled with the demo, and those of the folder."""
     settings = Settings.from_environ(os.environ)
+    logging.getLogger("sandbox_pipeline").setLevel(settings.log_level)
     main = build_orchestration(config=demo.CONFIG, executor=settings.executor)
     named = load_orchestrations(settings.orchestrations, settings.executor)
     watch = dg.Definitions(sensors=[sandbox_reaper])

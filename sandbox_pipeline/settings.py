@@ -37,7 +37,7 @@ VARIABLES: dict[str, tuple[str, str]] = {
         "Folder of *.yaml files, each a named orchestration: a job and, with cron, a schedule.",
     ),
     f"{PREFIX}PORT": ("3000", "Port of the UI."),
-    f"{PREFIX}LOG_LEVEL": ("INFO", "DEBUG, INFO, WARNING or ERROR."),
+    f"{PREFIX}LOG_LEVEL": ("WARNING", "Of this package's own log: DEBUG, INFO, WARNING or ERROR."),
     f"{PREFIX}EXECUTOR": (
         "async",
         "How ops run: `async` (all on one event loop) or `multiprocess` (a process each).",
@@ -89,7 +89,7 @@ class Settings:
             artifacts=Path(value("ARTIFACTS", str(root / "artifacts"))).expanduser().absolute(),
             orchestrations=Path(value("ORCHESTRATIONS", "orchestrations")).expanduser().absolute(),
             port=int(port),
-            log_level=_choice("LOG_LEVEL", value("LOG_LEVEL", "INFO").upper(), LOG_LEVELS),
+            log_level=_choice("LOG_LEVEL", value("LOG_LEVEL", "WARNING").upper(), LOG_LEVELS),
             executor=cast(
                 "ExecutorName", _choice("EXECUTOR", value("EXECUTOR", "async"), EXECUTORS)
             ),

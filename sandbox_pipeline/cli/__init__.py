@@ -13,6 +13,7 @@ import click
 from sandbox_pipeline import __version__
 from sandbox_pipeline.cli.exit_codes import BAD_CONFIGURATION, CANCELLED, EXIT_CODES, INTERNAL
 from sandbox_pipeline.errors import ConfigError, PipelineError
+from sandbox_pipeline.settings import Settings
 
 COMMANDS = {
     "run": "Run an orchestration here and watch it.",
@@ -66,13 +67,10 @@ def cli() -> None:
 
 def main() -> None:
     """The console entry point: every expected error is one message and an exit code."""
-    level = os.environ.get("SANDBOX_PIPELINE_LOG_LEVEL", "WARNING").upper()
-    logging.basicConfig(
-        level=level if level in logging.getLevelNamesMapping() else "WARNING",
-        format="%(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
+        level = Settings.from_environ(os.environ).log_level
+        logging.getLogger("sandbox_pipeline").setLevel(level)
         result: Any = cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
