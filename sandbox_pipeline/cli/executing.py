@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import sys
 import uuid
 import warnings
@@ -147,4 +148,5 @@ def ui_hint(run_id: str) -> str:
     settings = Settings.from_environ(os.environ)
     home = Path(os.environ["DAGSTER_HOME"])
     prefix = "" if default_home({}) == home else f"DAGSTER_HOME={home} "
-    return f"{prefix}sandbox-pipeline ui, then http://127.0.0.1:{settings.port}/runs/{run_id}"
+    program = "sandbox-pipeline" if shutil.which("sandbox-pipeline") else sys.argv[0]
+    return f"{prefix}{program} ui, then http://127.0.0.1:{settings.port}/runs/{run_id}"
