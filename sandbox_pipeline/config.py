@@ -52,6 +52,13 @@ class AgentConfig(_Section):
         description="Longest time the agent may work, in seconds. It is then interrupted and, "
         "5 seconds later, killed; the fork ends as 'timeout' and keeps its patch.",
     )
+    idle_timeout_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        le=86_400,
+        description="Longest time an agent that runs inside the sandbox may go without any "
+        "output, in seconds; it then ends as 'timeout'. Empty: no limit.",
+    )
     max_turns: int = Field(
         default=100,
         ge=1,
@@ -194,6 +201,12 @@ class SandboxConfig(_Section):
         description="How long a sandbox lives on, in seconds, once nothing extends its life: the "
         "time in which a crashed run can be resumed and its agents re-attached.",
     )
+    start_timeout_seconds: float = Field(
+        default=300,
+        ge=1,
+        le=3600,
+        description="Longest time one try at creating a sandbox may take, in seconds.",
+    )
     cpu: float | None = Field(
         default=None,
         gt=0,
@@ -315,6 +328,20 @@ class OrchestrationConfig(_Section):
         ge=1,
         le=1000,
         description="Most sandboxes of this orchestration alive at any time.",
+    )
+    budget_usd: float | None = Field(
+        default=None,
+        gt=0,
+        description="Most US dollars all forks together may spend on the model. Each fork has "
+        "agent.max_budget_usd of it reserved, else an equal share of what is left, and may spend "
+        "no more; empty: no limit.",
+    )
+    daily_budget_usd: float | None = Field(
+        default=None,
+        gt=0,
+        description="Do not start a fork that could bring what all orchestrations of this "
+        "deployment spend in one day (UTC) above this; SANDBOX_PIPELINE_DAILY_BUDGET_USD says "
+        "the same for every orchestration.",
     )
     setup_command: str | None = Field(
         default=None,

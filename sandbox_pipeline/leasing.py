@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine
@@ -12,12 +13,14 @@ from typing import Any, TypeVar
 from sandbox_pipeline.agents.base import EXCHANGE_DIR, UsesModelApi
 from sandbox_pipeline.clock import now
 from sandbox_pipeline.config import RetryConfig
-from sandbox_pipeline.errors import ErrorKind, ProviderError
+from sandbox_pipeline.errors import ErrorKind, OwnershipError, ProviderError, StoreError
 from sandbox_pipeline.exchange import exchange_folder, remove_exchange_folder
+from sandbox_pipeline.ownership import held_by
 from sandbox_pipeline.records import Lease, Orchestration, SandboxState
 from sandbox_pipeline.retrying import next_pause, patiently
 from sandbox_pipeline.runtime import APP, Runtime
 from sandbox_pipeline.sandboxes.base import Injecting, Network, Sandbox, SandboxSpec
+from sandbox_pipeline.store.store import Fence
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +83,8 @@ async def create(
 
     Raises:
         ProviderError: no attempt is left, or none makes sense.
+        OwnershipError: another run has taken the orchestration over; nothing is left alive.
+        StoreError: the sandbox could not be written down; it was ended.
     """
     retry = orchestration.config.retry
     spec = await _spec(runtime, orchestration, lease, network, base)
@@ -114,7 +119,12 @@ def _create_once(
     runtime: Runtime, lease: Lease, spec: SandboxSpec
 ) -> Callable[[], Awaitable[tuple[Lease, Sandbox]]]:
     async def once() -> tuple[Lease, Sandbox]:
-        sandbox = await runtime.provider(lease.provider).create(spec)
+        try:
+            async with asyncio.timeout(spec.config.start_timeout_seconds):
+                sandbox = await runtime.provider(lease.provider).create(spec)
+        except TimeoutError as error:
+            msg = f"no sandbox within {spec.config.start_timeout_seconds:g} s"
+            raise ProviderError(ErrorKind.AMBIGUOUS, msg) from error
         return await _now_live(runtime, lease, sandbox), sandbox
 
     return once
@@ -155,12 +165,15 @@ async def _reconcile(
     runtime: Runtime, lease: Lease, retry: RetryConfig
 ) -> tuple[Lease, Sandbox] | None:
     """Resolve a creation of which nobody knows what came of it."""
-    lease = await runtime.store.update(Lease, lease.key, lambda it: it.evolve(doubtful=True))
+    fence = held_by(lease.owner_run)
+    lease = await runtime.store.update(
+        Lease, lease.key, lambda it: it.evolve(doubtful=True), fence=fence
+    )
     try:
         return await adopt(runtime, lease, retry)
     except ProviderError:
         await runtime.store.update(
-            Lease, lease.key, lambda it: it.evolve(state=SandboxState.UNKNOWN)
+            Lease, lease.key, lambda it: it.evolve(state=SandboxState.UNKNOWN), fence=fence
         )
         raise
 
@@ -186,19 +199,27 @@ async def adopt(runtime: Runtime, lease: Lease, retry: RetryConfig) -> tuple[Lea
     return await _now_live(runtime, lease, sandbox), sandbox
 
 
-async def end(runtime: Runtime, lease: Lease, retry: RetryConfig, *, note: str) -> Lease:
+async def end(
+    runtime: Runtime,
+    lease: Lease,
+    retry: RetryConfig,
+    *,
+    note: str,
+    fence: Fence | None = None,
+) -> Lease:
     """End the sandbox of a lease, or make sure that there is none.
 
     Raises:
+        OwnershipError: by the fence; nothing was done.
         ProviderError: it could not be confirmed; the lease stays `KILLING` for the reaper.
     """
     provider = runtime.provider(lease.provider)
     targets: list[str] = []
+    # First of all: from here on nobody takes the sandbox into use, and no creation that still
+    # waits for its answer turns the lease into a live one.
+    lease = await runtime.store.update(Lease, lease.key, _killing, fence=fence)
     if lease.sandbox_id is not None:
         targets.append(lease.sandbox_id)
-        lease = await runtime.store.update(
-            Lease, lease.key, lambda it: it.evolve(state=SandboxState.KILLING)
-        )
     if lease.sandbox_id is None or lease.doubtful:
         wanted = {
             "app": APP,
@@ -243,11 +264,25 @@ async def _metadata(runtime: Runtime, lease: Lease) -> dict[str, str]:
 
 
 async def _now_live(runtime: Runtime, lease: Lease, sandbox: Sandbox) -> Lease:
-    return await runtime.store.update(
-        Lease,
-        lease.key,
-        lambda it: it.evolve(state=SandboxState.LIVE, sandbox_id=sandbox.sandbox_id, live_at=now()),
-    )
+    def live(it: Lease) -> Lease:
+        if it.state in (SandboxState.KILLING, SandboxState.GONE):
+            msg = f"the lease of {sandbox.sandbox_id} was ended while it was being created"
+            raise OwnershipError(msg)
+        return it.evolve(state=SandboxState.LIVE, sandbox_id=sandbox.sandbox_id, live_at=now())
+
+    try:
+        return await runtime.store.update(Lease, lease.key, live, fence=held_by(lease.owner_run))
+    except (OwnershipError, StoreError):
+        # Nobody else knows of it.
+        with contextlib.suppress(ProviderError):
+            await runtime.provider(lease.provider).kill(sandbox.sandbox_id)
+        raise
+
+
+def _killing(lease: Lease) -> Lease:
+    if lease.state is SandboxState.GONE:
+        return lease
+    return lease.evolve(state=SandboxState.KILLING)
 
 
 async def _now_gone(runtime: Runtime, lease: Lease, note: str) -> Lease:
@@ -255,5 +290,5 @@ async def _now_gone(runtime: Runtime, lease: Lease, note: str) -> Lease:
     return await runtime.store.update(
         Lease,
         lease.key,
-        lambda it: it.evolve(state=SandboxState.GONE, gone_at=now(), note=note[:500]),
+        lambda it: it.evolve(state=SandboxState.GONE, gone_at=it.gone_at or now(), note=note[:500]),
     )

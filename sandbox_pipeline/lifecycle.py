@@ -12,15 +12,17 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sandbox_pipeline import leasing, preparation, verification
 from sandbox_pipeline.agents.base import PROMPT_FILE, Task
 from sandbox_pipeline.clock import now
 from sandbox_pipeline.errors import (
     AgentError,
+    BudgetError,
     ErrorKind,
     FailureClass,
+    OwnershipError,
     ProviderError,
     StoreError,
 )
@@ -44,6 +46,7 @@ from sandbox_pipeline.records import (
     orchestration_key,
     sandbox_key,
 )
+from sandbox_pipeline.redaction import Redactor
 from sandbox_pipeline.retrying import patiently
 from sandbox_pipeline.runtime import Announce, Runtime
 from sandbox_pipeline.sandboxes.base import STATE_DIR, WORKSPACE, Command, Resources, Sandbox
@@ -55,6 +58,8 @@ logger = logging.getLogger(__name__)
 PROGRESS_SECONDS = 1.0
 SLOT_POLL_SECONDS = 0.25
 MAX_MESSAGE_CHARS = 1000
+
+T = TypeVar("T")
 
 _Change = Callable[[Fork], Fork]
 
@@ -77,7 +82,9 @@ class ForkLife:
         self._ref = ref
         self._key = fork_key(ref.workflow_id, ref.fork_num)
         self._run_id = run_id
+        self._fence = held_by(run_id)
         self._announce = announce
+        self._redactor: Redactor | None = None
 
     async def create_sandbox(self) -> None:
         """Wait for a slot, then create a sandbox with the repository in it.
@@ -144,7 +151,7 @@ class ForkLife:
                 timings=fork.timings.model_copy(update={"cleanup_seconds": seconds}),
             )
 
-        await self._change(finish)
+        await settle(self._store, await self._change(finish))
         for lease in ended:
             await self.event("sandbox-cleaned", {"ok": True, "sandbox_id": lease.sandbox_id})
 
@@ -182,10 +189,14 @@ class ForkLife:
 
     async def show_progress(self, text: str, cost_usd: float | None) -> None:
         """Put a short line into the fork's record, for those who watch."""
-        line = " ".join(text.split())[:120]
-        await self._store.update(
-            Fork, self._key, lambda it: it.evolve(progress=line, cost_so_far_usd=cost_usd)
-        )
+        line = " ".join((await self._redacted()).text(text).split())[:120]
+
+        def show(fork: Fork) -> Fork:
+            # An agent that doesn't know its cost for a moment doesn't take it back.
+            cost = fork.cost_so_far_usd if cost_usd is None else cost_usd
+            return fork.evolve(progress=line, cost_so_far_usd=cost)
+
+        await self._change(show)
 
     async def _run(
         self, stage: Stage, work: Callable[[Fork, Orchestration], Awaitable[None]]
@@ -196,7 +207,12 @@ class ForkLife:
             return
         orchestration = await self._orchestration()
         try:
-            await work(fork, orchestration)
+            if stage is Stage.AGENT:
+                await work(fork, orchestration)
+            else:
+                await self._obeying(work(fork, orchestration))
+        except Stopped as stopped:
+            await self._end_as(stopped.stop.outcome, stopped.stop.message)
         except ProviderError as error:
             policy = error.policy
             failure_class = policy.failure_class
@@ -205,12 +221,15 @@ class ForkLife:
             await self._fail(failure_class, str(error), stage=stage, fatal=policy.fatal)
         except AgentError as error:
             await self._fail(error.failure_class, str(error), stage=stage)
-        except StoreError:
+        except (StoreError, OwnershipError):
             raise
         except Exception as error:
             logger.exception("%s: unexpected error in stage %s", self._key, stage)
             text = f"unexpected {type(error).__name__}: {error}"
             await self._fail(FailureClass.INTERNAL, text, stage=stage)
+
+    async def _obeying(self, work: Awaitable[T]) -> T:
+        return await obeying(work, self._ref, lambda: self._runtime.orders.of(self._ref, self._run_id))
 
     async def _create_stage(self, fork: Fork, orchestration: Orchestration) -> None:
         fork = await self._resume(fork, orchestration)
@@ -248,13 +267,7 @@ class ForkLife:
 
     async def _agent_stage(self, fork: Fork, orchestration: Orchestration) -> None:
         if fork.stage is not Stage.AGENT:
-            fork = await self._change(
-                lambda it: it.evolve(
-                    stage=Stage.AGENT,
-                    agent_started_at=now(),
-                    attempts=_counted(it.attempts, "agent"),
-                )
-            )
+            fork = await self._begin_agent(fork, orchestration)
         sandbox = await self._connect(fork, orchestration)
         beat = asyncio.create_task(self._keep_alive(sandbox, orchestration))
         try:
@@ -268,6 +281,7 @@ class ForkLife:
         """Take over what an earlier run left of this fork."""
         if fork.stage in (Stage.HEALTH, Stage.AGENT) and fork.sandbox_id is not None:
             try:
+                await self._check_lease(fork.sandbox_id)
                 await self._connect(fork, orchestration)
             except ProviderError as error:
                 if error.kind is not ErrorKind.GONE:
@@ -306,7 +320,9 @@ class ForkLife:
             if current.control is Control.CANCEL:
                 await self._end_as(Outcome.CANCELLED, "cancelled before it started")
                 return None, 0
-            lease = await self._store.admit(wanted, limit)
+            lease = None
+            if current.control is Control.RUN and await self._reserve(current):
+                lease = await self._store.admit(wanted, limit, fence=self._fence)
             if lease is not None:
                 break
             await asyncio.sleep(SLOT_POLL_SECONDS)
@@ -402,6 +418,7 @@ class ForkLife:
     ) -> AgentResult:
         config = orchestration.config
         agent = self._runtime.agent(config.agent.kind)
+        limit = limit_usd(orchestration, fork)
         prompt_path = f"{STATE_DIR}/{PROMPT_FILE}"
         folder = artifacts_of(orchestration, fork)
         folder.mkdir(parents=True, exist_ok=True)
@@ -416,7 +433,7 @@ class ForkLife:
             prompt=config.prompt,
             prompt_path=prompt_path,
             model=config.model,
-            config=config.agent,
+            config=config.agent.model_copy(update={"max_budget_usd": limit}),
             artifacts=folder,
             environ=self._runtime.environ,
             redactor=self._runtime.redactor(orchestration),
@@ -425,7 +442,12 @@ class ForkLife:
             key_injected=exchange is None and await self._key_injected(orchestration, sandbox),
         )
         try:
-            return await agent.run(sandbox, task, _Reporter(self))
+            return await run_obeying(
+                agent.run(sandbox, task, _Reporter(self)),
+                sandbox,
+                lambda: self._runtime.orders.of(self._ref, self._run_id),
+                lambda: self._store.need(Fork, self._key),
+            )
         except AgentError as error:
             return AgentResult(
                 outcome=Outcome.FAILED,
@@ -500,8 +522,11 @@ class ForkLife:
         ended: list[Lease] = []
         for lease in await self._store.leases(self._ref.workflow_id):
             if lease.fork_num == self._ref.fork_num:
+                retry = orchestration.config.retry
                 ended.append(
-                    await leasing.end(self._runtime, lease, orchestration.config.retry, note=note)
+                    await leasing.end(
+                        self._runtime, lease, retry, note=note, fence=self._fence
+                    )
                 )
         if ended:
             alive = sum(
@@ -519,6 +544,49 @@ class ForkLife:
 
             await self._change(gone)
         return ended
+
+    async def _begin_agent(self, fork: Fork, orchestration: Orchestration) -> Fork:
+        """Count a new attempt; what an earlier one left is kept beside it."""
+        attempt = fork.attempts.get("agent", 0) + 1
+        if attempt > 1:
+            keep_attempt(artifacts_of(orchestration, fork), attempt - 1)
+
+        def begun(it: Fork) -> Fork:
+            return it.evolve(
+                stage=Stage.AGENT,
+                agent_started_at=now(),
+                attempts=_counted(it.attempts, "agent"),
+                earlier_cost_usd=spent_usd(it),
+                cost_so_far_usd=None,
+            )
+
+        if attempt == 1:
+            return await self._change(begun)
+        payload = {"attempt": attempt, "earlier_cost_usd": spent_usd(fork)}
+        return await self._change(begun, "agent-retried", payload)
+
+    async def _reserve(self, orchestration: Orchestration) -> bool:
+        """Whether the fork has its part of the budgets; False while it has to wait for that.
+
+        Raises:
+            Stopped: there is nothing left for it.
+        """
+        claim = claim_of(orchestration, self._ref.fork_num, self._runtime.settings.daily_budget_usd)
+        if claim is None:
+            return True
+        try:
+            amount = await self._store.reserve(claim)
+        except BudgetError as error:
+            raise Stopped(Stop(Outcome.BUDGET_EXCEEDED, str(error))) from error
+        if amount is not None:
+            await self._change(lambda it: it.evolve(budget_usd=amount))
+        return amount is not None
+
+    async def _check_lease(self, sandbox_id: str) -> None:
+        lease = await self._store.need(Lease, sandbox_key(sandbox_id))
+        if lease.state is not SandboxState.LIVE:
+            msg = f"sandbox {sandbox_id} was being ended"
+            raise ProviderError(ErrorKind.GONE, msg)
 
     async def _lease_id(self, fork: Fork) -> str:
         lease = await self._store.need(Lease, sandbox_key(fork.sandbox_id or ""))
@@ -553,7 +621,10 @@ class ForkLife:
         if fatal and orchestration.fatal is None:
             failure = Failure(failure_class=failure_class, message=message)
             await self._store.update(
-                Orchestration, orchestration.key, lambda it: it.evolve(fatal=it.fatal or failure)
+                Orchestration,
+                orchestration.key,
+                lambda it: it.evolve(fatal=it.fatal or failure),
+                fence=self._fence,
             )
         name = "agent-failed" if stage is Stage.AGENT else "fork-failed"
         await self._end_as(Outcome.FAILED, message, failure_class=failure_class, event=name)
@@ -589,25 +660,34 @@ class ForkLife:
     async def _change(
         self, change: _Change, event: str | None = None, payload: Mapping[str, Any] | None = None
     ) -> Fork:
-        events = [self._new_event(event, payload or {})] if event else []
-        fork = await self._store.update(Fork, self._key, change, events)
+        events = [await self._new_event(event, payload or {})] if event else []
+        fork = await self._store.update(Fork, self._key, change, events, fence=self._fence)
         for item in events:
             self._announce(item)
         return fork
 
     async def event(self, name: str, payload: Mapping[str, Any]) -> None:
         """Add to the timeline."""
-        event = self._new_event(name, payload)
-        await self._store.append(event)
+        event = await self._new_event(name, payload)
+        await self._store.append(event, fence=self._fence)
         self._announce(event)
 
-    def _new_event(self, name: str, payload: Mapping[str, Any]) -> Event:
+    async def _redacted(self) -> Redactor:
+        if self._redactor is None:
+            self._redactor = self._runtime.redactor(await self._orchestration())
+        return self._redactor
+
+    async def _new_event(self, name: str, payload: Mapping[str, Any]) -> Event:
+        redactor = await self._redacted()
         return Event(
             name=name,
             workflow_id=self._ref.workflow_id,
             fork_num=self._ref.fork_num,
             time=time.time(),
-            payload=dict(payload),
+            payload={
+                key: redactor.text(value) if isinstance(value, str) else value
+                for key, value in payload.items()
+            },
         )
 
 

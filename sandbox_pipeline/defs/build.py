@@ -19,6 +19,7 @@ from sandbox_pipeline.defs.ops import (
     orchestrate,
     record_metrics,
     run_agent,
+    verify_patch,
 )
 from sandbox_pipeline.defs.presentation import summary_metadata
 from sandbox_pipeline.defs.resources import pipeline_runtime
@@ -116,7 +117,8 @@ def _assets(
     )
     def fork_metrics() -> pd.DataFrame:
         def one_fork(fork: Any) -> Any:
-            return cleanup_sandbox(record_metrics(run_agent(health_check(create_sandbox(fork)))))
+            measured = record_metrics(run_agent(health_check(create_sandbox(fork))))
+            return verify_patch(cleanup_sandbox(measured))
 
         return check_completion(orchestrate().map(one_fork).collect())
 

@@ -1,4 +1,4 @@
-"""The seven ops. They adapt; what happens is decided in `lifecycle` and `orchestrating`."""
+"""The ops. They adapt; what happens is decided in `lifecycle` and `orchestrating`."""
 
 import asyncio
 import json
@@ -100,6 +100,13 @@ async def cleanup_sandbox(context: dg.OpExecutionContext, fork: ForkRef) -> Fork
 
 
 @dg.op(required_resource_keys={RUNTIME}, tags=_priority(6))
+async def verify_patch(context: dg.OpExecutionContext, fork: ForkRef) -> ForkRef:
+    """Try the patch in a fresh sandbox, where there is a verify_command."""
+    await _adapted(_life(context, fork).verify_patch())
+    return fork
+
+
+@dg.op(required_resource_keys={RUNTIME}, tags=_priority(7))
 async def check_completion(context: dg.OpExecutionContext, forks: list[ForkRef]) -> pd.DataFrame:
     """Compare what came with what was planned; one row for every planned fork."""
     done = await _adapted(

@@ -53,6 +53,17 @@ permits = Table(
     Index("ix_creation_permits_scope", "scope", "started_at"),
 )
 
+spending = Table(
+    "spending",
+    metadata,
+    Column("workflow_id", String(63), primary_key=True),
+    Column("fork_num", Integer, primary_key=True),
+    Column("day", String(10), nullable=False),
+    Column("reserved_usd", Float),
+    Column("spent_usd", Float, nullable=False),
+    Index("ix_spending_day", "day"),
+)
+
 fork_metrics = Table(
     "fork_metrics",
     metadata,

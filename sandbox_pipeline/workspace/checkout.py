@@ -18,7 +18,7 @@ CHECKOUT_TIMEOUT_SECONDS = 900
 PATCH_TIMEOUT_SECONDS = 600
 CHUNK_BYTES = 1_000_000
 
-_GIT_ENV = {
+GIT_ENV = {
     "GIT_CONFIG_NOSYSTEM": "1",
     "GIT_CONFIG_GLOBAL": "/dev/null",
     "GIT_TERMINAL_PROMPT": "0",
@@ -70,7 +70,7 @@ async def put_repository(sandbox: Sandbox, base: Base, author: str) -> None:
         Command(
             ["sh", "-c", _CHECKOUT],
             cwd=STATE_DIR,
-            env={**_GIT_ENV, "BRANCH": base.branch, "COMMIT": base.commit, "AUTHOR": author},
+            env={**GIT_ENV, "BRANCH": base.branch, "COMMIT": base.commit, "AUTHOR": author},
             timeout_seconds=CHECKOUT_TIMEOUT_SECONDS,
         )
     )
@@ -92,7 +92,7 @@ async def take_patch(
         Command(
             ["sh", "-c", _PATCH],
             cwd=STATE_DIR,
-            env={**_GIT_ENV, "COMMIT": commit},
+            env={**GIT_ENV, "COMMIT": commit},
             timeout_seconds=PATCH_TIMEOUT_SECONDS,
         )
     )
