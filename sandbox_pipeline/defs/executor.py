@@ -57,24 +57,26 @@ class CancellableAsyncExecutor(AsyncExecutor):
         tasks: set[asyncio.Task[None]] = set()
         interrupted = asyncio.Event()
         watcher = asyncio.create_task(_watch(tasks, interrupted))
+        unblocked = True
         try:
             while not active.is_complete and not interrupted.is_set():
-                for step in active.get_steps_to_execute(limit=None):
-                    work = self._run_step(job_context, active.get_known_state(), step, events)
-                    task = asyncio.create_task(work, name=step.key)
-                    tasks.add(task)
-                    task.add_done_callback(tasks.discard)
-                for event in active.concurrency_event_iterator(job_context):
-                    yield event
+                if unblocked:
+                    for step in active.get_steps_to_execute(limit=None):
+                        work = self._run_step(job_context, active.get_known_state(), step, events)
+                        task = asyncio.create_task(work, name=step.key)
+                        tasks.add(task)
+                        task.add_done_callback(tasks.discard)
+                    for event in active.concurrency_event_iterator(job_context):
+                        yield event
                 # Bounded, since a step that waits for its retry or for a pool's slot has no
                 # task that could report anything, and so that an interrupt is seen.
                 due = cast("float", active.sleep_interval())
                 wait = min(due or INTERRUPT_POLL_SECONDS, INTERRUPT_POLL_SECONDS)
                 event = await _next_event(events, wait)
-                if event is None:
-                    continue
-                async for handled in self._handle(job_context, active, event):
-                    yield handled
+                unblocked = event is None or self._may_unblock(event)
+                if event is not None:
+                    async for handled in self._handle(job_context, active, event):
+                        yield handled
             if interrupted.is_set():
                 active.mark_interrupted()
                 await _finish(tasks)
@@ -93,9 +95,25 @@ class CancellableAsyncExecutor(AsyncExecutor):
     ) -> AsyncIterator[dg.DagsterEvent]:
         yield event
         active.handle_event(event)
-        await _verify_if_complete(job_context, active, event)
-        for plan_event in active.plan_events_iterator(job_context):
-            yield plan_event
+        if self._may_unblock(event):
+            await _verify_if_complete(job_context, active, event)
+            for plan_event in active.plan_events_iterator(job_context):
+                yield plan_event
+
+    def _may_unblock(self, event: dg.DagsterEvent) -> bool:
+        """Whether other steps could start, be skipped or be abandoned after this event.
+
+        Looking for them takes time in proportion to all steps that are left, so that doing it
+        after every event would make the cost of a fork grow with the number of forks.
+        """
+        return (
+            event.is_step_success
+            or event.is_step_failure
+            or event.is_step_skipped
+            or event.is_step_up_for_retry
+            or event.is_resource_init_failure
+            or not self.step_dependency_config.require_upstream_step_success
+        )
 
     async def _run_step(
         self,
