@@ -179,11 +179,11 @@ class SandboxConfig(_Section):
         description="What a sandbox may reach: nothing, the model's API only, or everything. "
         "'auto' is the least that the agent needs.",
     )
-    key_injection: Literal["auto", "off"] = Field(
+    key_injection: Literal["auto", "never"] = Field(
         default="auto",
         description="Keeping the model's key out of sandboxes without a local proxy: 'auto' has "
         "the provider put it on the sandbox's requests, where it can, and warns where it can't; "
-        "'off' hands it to the agent's process.",
+        "'never' hands it to the agent's process.",
     )
     setup_network: Literal["same", "none", "full"] = Field(
         default="same",
@@ -288,6 +288,16 @@ class RateLimitConfig(_Section):
     )
 
 
+class RankingConfig(_Section):
+    """What decides between patches of which the same is known; each weight counts relatively."""
+
+    tests: float = Field(default=16, ge=0, le=1000, description="Weight of: more tests passed.")
+    judge: float = Field(default=8, ge=0, le=1000, description="Weight of: judged better.")
+    size: float = Field(default=4, ge=0, le=1000, description="Weight of: a smaller change.")
+    cost: float = Field(default=2, ge=0, le=1000, description="Weight of: a lower cost.")
+    time: float = Field(default=1, ge=0, le=1000, description="Weight of: a faster agent.")
+
+
 class OrchestrationConfig(_Section):
     """One request: a prompt, a repository, and how many forks work on it under which limits."""
 
@@ -387,6 +397,7 @@ class OrchestrationConfig(_Section):
     verify_network: Literal["none", "full"] = Field(
         default="none", description="What the verification's sandbox may reach."
     )
+    ranking: RankingConfig = Field(default_factory=RankingConfig)
     agent: AgentConfig
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
     health_check: HealthCheckConfig = Field(default_factory=HealthCheckConfig)

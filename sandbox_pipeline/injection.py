@@ -35,7 +35,7 @@ async def place_of_key(
     Raises:
         ProviderError: it can't be asked.
     """
-    if not isinstance(agent, UsesModelApi) or orchestration.config.sandbox.key_injection == "off":
+    if not isinstance(agent, UsesModelApi) or orchestration.config.sandbox.key_injection == "never":
         return KeyPlace(injected=False)
     provider = runtime.provider(orchestration.provider)
     host = agent.model_api(runtime.environ).host

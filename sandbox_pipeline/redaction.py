@@ -16,10 +16,13 @@ SECRET_VARIABLES = (
 )
 MIN_SECRET_LENGTH = 6
 MARK = b"[redacted]"
+# base64 is wrapped into lines, which in a patch begin with + and in JSON are written \\n.
+_LINE_BREAK = rb"(?:(?:\\r|\r)?(?:\\n|\n)\+?)"
+_LONGEST_BREAK = 5
 
 
 class Redactor:
-    """Replaces secrets: plain, URL-encoded, and in base64 at any alignment.
+    """Replaces secrets: plain, URL-encoded, and in base64 at any alignment, wrapped or not.
 
     Args:
         secrets: the values; shorter ones than `MIN_SECRET_LENGTH` are ignored, since they
@@ -33,8 +36,8 @@ class Redactor:
             if len(stripped) >= MIN_SECRET_LENGTH:
                 forms |= _forms(stripped)
         ordered = sorted(forms, key=len, reverse=True)
-        self._pattern = re.compile(b"|".join(map(re.escape, ordered))) if ordered else None
-        self._longest = max(map(len, ordered), default=0)
+        self._pattern = re.compile(b"|".join(map(_wrapped, ordered))) if ordered else None
+        self._longest = max(map(len, ordered), default=0) * (1 + _LONGEST_BREAK)
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], names: Iterable[str] = ()) -> Redactor:
@@ -46,7 +49,7 @@ class Redactor:
         """The data without secrets, and whether there were any."""
         if self._pattern is None:
             return data, False
-        cleaned, count = self._pattern.subn(MARK, data)
+        cleaned, count = self._pattern.subn(_mark, data)
         return cleaned, count > 0
 
     def text(self, text: str) -> str:
@@ -82,7 +85,7 @@ class RedactedStream:
         for match in self._pattern.finditer(data):
             if match.start() >= cut:
                 break
-            out += (data[position : match.start()], MARK)
+            out += (data[position : match.start()], _mark(match))
             position = match.end()
             self.leaked = True
         end = max(cut, position)
@@ -96,9 +99,19 @@ class RedactedStream:
         self._held = b""
         if self._pattern is None:
             return rest
-        cleaned, count = self._pattern.subn(MARK, rest)
+        cleaned, count = self._pattern.subn(_mark, rest)
         self.leaked = self.leaked or count > 0
         return cleaned
+
+
+def _wrapped(form: bytes) -> bytes:
+    """A pattern of this form, with line breaks anywhere in it."""
+    return (_LINE_BREAK + b"?").join(re.escape(form[i : i + 1]) for i in range(len(form)))
+
+
+def _mark(match: re.Match[bytes]) -> bytes:
+    # The breaks stay: a patch whose lines are fewer than it says can't be applied.
+    return MARK + b"".join(re.findall(_LINE_BREAK, match[0]))
 
 
 def _forms(secret: str) -> set[bytes]:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from sandbox_pipeline import orchestrating
 from sandbox_pipeline.agents.base import Reporter, Task
+from sandbox_pipeline.agents.transcript import TranscriptWriter
 from sandbox_pipeline.config import AgentConfig, OrchestrationConfig
 from sandbox_pipeline.errors import ProviderError
 from sandbox_pipeline.lifecycle import ForkLife
@@ -201,7 +202,13 @@ class FakeAgent:
         """See `Agent.run`."""
         self.runs.append((task.fork_num, task.attempt))
         await reporter.progress("working")
-        return await self._work(sandbox, task)
+        with TranscriptWriter(task.artifacts / "transcript.jsonl", task.redactor) as transcript:
+            transcript.add("prompt", task.prompt)
+            result = await self._work(sandbox, task)
+            transcript.add("result", result.message)
+        message = task.redactor.text(result.message)
+        leak = result.secret_leak or transcript.leaked
+        return result.model_copy(update={"message": message, "secret_leak": leak})
 
 
 async def _add_a_file(sandbox: Sandbox, task: Task) -> AgentResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import urllib.parse
 
 import pytest
@@ -54,3 +55,17 @@ def test_a_stream_never_lets_a_secret_through_however_it_is_cut(
     assert SECRET.encode() not in out
     assert out == data.replace(SECRET.encode(), b"[redacted]")
     assert stream.leaked == (SECRET.encode() in data)
+
+
+def test_wrapped_base64_is_found_and_its_lines_stay() -> None:
+    secret = "canary-7f3a9d2e51c8-canary"
+    for offset in range(60):
+        text = base64.encodebytes(b"x" * offset + secret.encode() + b"y" * 90)
+        patch = b"".join(b"+" + line for line in text.splitlines(keepends=True))
+        for data in (text, patch, json.dumps(text.decode()).encode()):
+            cleaned, found = Redactor([secret]).clean(data)
+            assert found
+            assert cleaned.count(b"\n") == data.count(b"\n")
+            stream = Redactor([secret]).stream()
+            chunks = [stream.feed(data[i : i + 7]) for i in range(0, len(data), 7)]
+            assert b"".join(chunks) + stream.finish() == cleaned
