@@ -85,23 +85,24 @@ def measure(executor: str, forks: int) -> Figures:
         repo = make_repo(Path(folder) / "repo")
         before = _cpu_of_children()
         began = time.monotonic()
+        answer = Path(folder) / "answer.json"
+        output = answer.open("wb")
         process = subprocess.Popen(
             [sys.executable, "-m", "sandbox_pipeline", "run", "--repo", str(repo), "--prompt", "p",
              "--forks", str(forks), "--max-concurrent", "8", "--command", "true", "--json",
              "--set", "rate_limit.starts=10000"],
             env={**os.environ, "DAGSTER_HOME": f"{folder}/home",
                  "SANDBOX_PIPELINE_EXECUTOR": executor},
-            stdout=subprocess.PIPE,
+            stdout=output,
         )  # fmt: skip
         peak = 0
         with process:
             while process.poll() is None:
                 peak = max(peak, _memory(process.pid))
                 time.sleep(SAMPLE_SECONDS)
-            assert process.stdout is not None
-            output = process.stdout.read()
+        output.close()
         wall = time.monotonic() - began
-        result = json.loads(output)
+        result = json.loads(answer.read_bytes())
         if result["summary"]["succeeded"] != forks:
             msg = f"{executor}: not every fork succeeded: {result['summary']}"
             raise SystemExit(msg)
