@@ -101,6 +101,6 @@ def launch(
 
 
 def run_config(config: OrchestrationConfig) -> dict[str, Any]:
-    """The main job's run configuration, as in the launchpad; only what was set."""
-    fields = config.model_dump(mode="json", exclude_unset=True)
+    """The main job's run configuration, in full: what is left out would be the demo's."""
+    fields = config.model_dump(mode="json")
     return {"ops": {"fork_metrics": {"config": fields}}}
