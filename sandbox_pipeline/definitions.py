@@ -10,7 +10,7 @@ import dagster as dg
 from sandbox_pipeline import demo
 from sandbox_pipeline.defs.build import build_orchestration
 from sandbox_pipeline.defs.orchestrations import load_orchestrations
-from sandbox_pipeline.defs.sensors import sandbox_reaper
+from sandbox_pipeline.defs.sensors import SENSORS
 from sandbox_pipeline.settings import Settings
 
 
@@ -21,5 +21,5 @@ def defs() -> dg.Definitions:
     logging.getLogger("sandbox_pipeline").setLevel(settings.log_level)
     main = build_orchestration(config=demo.CONFIG, executor=settings.executor)
     named = load_orchestrations(settings.orchestrations, settings.executor)
-    watch = dg.Definitions(sensors=[sandbox_reaper])
+    watch = dg.Definitions(sensors=SENSORS)
     return dg.Definitions.merge(main, watch, *named.definitions)

@@ -87,6 +87,10 @@ class OwnershipError(PipelineError):
     """Another run owns the orchestration; the message names it."""
 
 
+class BudgetError(PipelineError):
+    """Too little money is left to start a fork; the message names the budget."""
+
+
 class StoreError(PipelineError):
     """The state store can't be read or written; the message names it and the remedy."""
 

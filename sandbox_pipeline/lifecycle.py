@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 from sandbox_pipeline import leasing, preparation, verification
 from sandbox_pipeline.agents.base import PROMPT_FILE, Task
+from sandbox_pipeline.agents.detached import interrupt
+from sandbox_pipeline.budgets import claim_of, limit_usd, settle, spent_usd
 from sandbox_pipeline.clock import now
 from sandbox_pipeline.errors import (
     AgentError,
@@ -28,6 +30,8 @@ from sandbox_pipeline.errors import (
 )
 from sandbox_pipeline.exchange import exchange_folder
 from sandbox_pipeline.injection import place_of_key
+from sandbox_pipeline.orders import Stop, StoppedError, obeying, run_obeying
+from sandbox_pipeline.ownership import held_by
 from sandbox_pipeline.records import (
     AgentResult,
     Control,
@@ -211,7 +215,7 @@ class ForkLife:
                 await work(fork, orchestration)
             else:
                 await self._obeying(work(fork, orchestration))
-        except Stopped as stopped:
+        except StoppedError as stopped:
             await self._end_as(stopped.stop.outcome, stopped.stop.message)
         except ProviderError as error:
             policy = error.policy
@@ -229,7 +233,10 @@ class ForkLife:
             await self._fail(FailureClass.INTERNAL, text, stage=stage)
 
     async def _obeying(self, work: Awaitable[T]) -> T:
-        return await obeying(work, self._ref, lambda: self._runtime.orders.of(self._ref, self._run_id))
+        return await obeying(work, self._orders)
+
+    async def _orders(self) -> Stop | None:
+        return await self._runtime.orders.of(self._ref, self._run_id)
 
     async def _create_stage(self, fork: Fork, orchestration: Orchestration) -> None:
         fork = await self._resume(fork, orchestration)
@@ -444,8 +451,8 @@ class ForkLife:
         try:
             return await run_obeying(
                 agent.run(sandbox, task, _Reporter(self)),
-                sandbox,
-                lambda: self._runtime.orders.of(self._ref, self._run_id),
+                self._orders,
+                lambda: interrupt(sandbox, f"agent-{task.attempt}"),
                 lambda: self._store.need(Fork, self._key),
             )
         except AgentError as error:
@@ -524,9 +531,7 @@ class ForkLife:
             if lease.fork_num == self._ref.fork_num:
                 retry = orchestration.config.retry
                 ended.append(
-                    await leasing.end(
-                        self._runtime, lease, retry, note=note, fence=self._fence
-                    )
+                    await leasing.end(self._runtime, lease, retry, note=note, fence=self._fence)
                 )
         if ended:
             alive = sum(
@@ -549,7 +554,7 @@ class ForkLife:
         """Count a new attempt; what an earlier one left is kept beside it."""
         attempt = fork.attempts.get("agent", 0) + 1
         if attempt > 1:
-            keep_attempt(artifacts_of(orchestration, fork), attempt - 1)
+            _keep_attempt(artifacts_of(orchestration, fork), attempt - 1)
 
         def begun(it: Fork) -> Fork:
             return it.evolve(
@@ -569,7 +574,7 @@ class ForkLife:
         """Whether the fork has its part of the budgets; False while it has to wait for that.
 
         Raises:
-            Stopped: there is nothing left for it.
+            StoppedError: there is nothing left for it.
         """
         claim = claim_of(orchestration, self._ref.fork_num, self._runtime.settings.daily_budget_usd)
         if claim is None:
@@ -577,7 +582,7 @@ class ForkLife:
         try:
             amount = await self._store.reserve(claim)
         except BudgetError as error:
-            raise Stopped(Stop(Outcome.BUDGET_EXCEEDED, str(error))) from error
+            raise StoppedError(Stop(Outcome.BUDGET_EXCEEDED, str(error))) from error
         if amount is not None:
             await self._change(lambda it: it.evolve(budget_usd=amount))
         return amount is not None
@@ -697,13 +702,15 @@ class _Reporter:
     def __init__(self, life: ForkLife) -> None:
         self._life = life
         self._last = 0.0
+        self._cost_usd: float | None = None
 
     async def progress(self, text: str, *, cost_usd: float | None = None) -> None:
         """See `Reporter.progress`."""
         moment = time.monotonic()
-        if moment - self._last < PROGRESS_SECONDS:
+        # Each cost is kept: it is what a budget is judged by, and what a crash leaves.
+        if moment - self._last < PROGRESS_SECONDS and cost_usd in (None, self._cost_usd):
             return
-        self._last = moment
+        self._last, self._cost_usd = moment, cost_usd
         await self._life.show_progress(text, cost_usd)
 
     async def event(self, name: str, payload: Mapping[str, Any]) -> None:
@@ -714,6 +721,16 @@ class _Reporter:
 def artifacts_of(orchestration: Orchestration, fork: Fork) -> Path:
     """The folder for what a fork leaves on this machine."""
     return Path(orchestration.artifacts) / fork.mapping_key
+
+
+def _keep_attempt(folder: Path, attempt: int) -> None:
+    """Move what an attempt left to a folder of its own, before the next one writes."""
+    kept = folder / f"attempt_{attempt}"
+    files = [path for path in folder.glob("*") if path.is_file()]
+    if files and not kept.exists():
+        kept.mkdir()
+        for path in files:
+            path.rename(kept / path.name)
 
 
 def _counted(attempts: Mapping[str, int], stage: str) -> dict[str, int]:

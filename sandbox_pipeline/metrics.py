@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from sandbox_pipeline.budgets import spent_usd
 from sandbox_pipeline.records import Fork, Orchestration, Outcome, Verdict
 
 if TYPE_CHECKING:
@@ -81,8 +82,8 @@ def fork_row(fork: Fork, orchestration: Orchestration, folder: str) -> Row:
         "output_tokens": usage and usage.output_tokens,
         "cache_creation_input_tokens": usage and usage.cache_creation_input_tokens,
         "cache_read_input_tokens": usage and usage.cache_read_input_tokens,
-        "cost_usd": usage and usage.cost_usd,
-        "cost_basis": result.cost_basis if result else "unknown",
+        "cost_usd": spent_usd(fork),
+        "cost_basis": _cost_basis(fork),
         "turns": result and result.turns,
         "files_changed": patch and patch.files_changed,
         "insertions": patch and patch.insertions,
@@ -123,11 +124,7 @@ def _verification(fork: Fork) -> Row:
 def summary_row(orchestration: Orchestration, forks: Sequence[Fork]) -> Row:
     """The row of one orchestration in `orchestration_summary`."""
     count = {outcome: sum(fork.outcome is outcome for fork in forks) for outcome in Outcome}
-    costs = [
-        fork.result.usage.cost_usd
-        for fork in forks
-        if fork.result and fork.result.usage.cost_usd is not None
-    ]
+    costs = [cost for fork in forks if (cost := spent_usd(fork)) is not None]
     durations = sorted(fork.total_seconds for fork in forks if fork.total_seconds is not None)
     alive = sum(fork.timings.sandbox_seconds or 0.0 for fork in forks)
     working = sum(fork.timings.agent_seconds or 0.0 for fork in forks)
@@ -166,6 +163,13 @@ def summary_row(orchestration: Orchestration, forks: Sequence[Fork]) -> Row:
 
 def _mebibytes(count: int | None) -> float | None:
     return None if count is None else count / 2**20
+
+
+def _cost_basis(fork: Fork) -> str:
+    if spent_usd(fork) is None:
+        return "unknown"
+    known = fork.result is not None and fork.result.usage.cost_usd is not None
+    return fork.result.cost_basis if fork.result is not None and known else "computed"
 
 
 def _sandbox_cost(fork: Fork) -> float | None:

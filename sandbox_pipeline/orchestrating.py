@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from sandbox_pipeline import leasing, metrics, plugins, preparation
+from sandbox_pipeline.budgets import settle
 from sandbox_pipeline.clock import now
 from sandbox_pipeline.config import OrchestrationConfig
 from sandbox_pipeline.errors import (
     AgentError,
     ConfigError,
     FailureClass,
-    OwnershipError,
     ProviderError,
 )
 from sandbox_pipeline.lifecycle import artifacts_of
-from sandbox_pipeline.ownership import claimed
+from sandbox_pipeline.ownership import claimed, held_by, unchanged_since
 from sandbox_pipeline.records import (
     Control,
     Event,
@@ -32,7 +32,6 @@ from sandbox_pipeline.records import (
     Metrics,
     Orchestration,
     Outcome,
-    Owner,
     SandboxState,
     Stage,
     fork_key,
@@ -41,6 +40,7 @@ from sandbox_pipeline.records import (
 )
 from sandbox_pipeline.runtime import Announce, Runtime, silent
 from sandbox_pipeline.store import tables
+from sandbox_pipeline.store.store import Fence
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,12 @@ async def begin(
     orchestration = await runtime.store.update(
         Orchestration,
         orchestration.key,
-        lambda it: claimed(it, run_id, previous_ended=previous_ended),
+        lambda it: claimed(
+            it,
+            run_id,
+            previous_ended=previous_ended,
+            silent_seconds=runtime.settings.silent_seconds,
+        ),
     )
     if not orchestration.complete:
         orchestration = await preparation.pin_base(runtime, orchestration)
@@ -138,23 +143,24 @@ async def complete(
     """Close an orchestration: one row for every planned fork, also for one that got lost."""
     store = runtime.store
     orchestration = await store.need(Orchestration, orchestration_key(workflow_id))
-    if orchestration.owner is not None and orchestration.owner.run_id != run_id:
-        msg = f"run {orchestration.owner.run_id} has taken over {workflow_id}"
-        raise OwnershipError(msg)
+    fence = held_by(run_id)
+    fence(orchestration)
     lost = await _mark_unfinished(
         runtime,
         orchestration,
         Outcome.FAILED,
         "the fork never reached its end in this run",
         failure_class=FailureClass.LOST,
+        fence=fence,
     )
-    alive = await _end_all(runtime, orchestration, note="orchestration ended")
+    alive = await _end_all(runtime, orchestration, note="orchestration ended", fence=fence)
     orchestration = await preparation.discard_base(runtime, orchestration)
     if not orchestration.complete:
         orchestration = await store.update(
             Orchestration,
             orchestration.key,
             lambda it: it.evolve(complete=alive == 0, completed_at=now()),
+            fence=fence,
         )
     forks = await store.forks(workflow_id)
     rows, summary = await write_metrics(runtime, orchestration, forks)
@@ -203,17 +209,23 @@ async def settle_cancelled(runtime: Runtime, run_id: str) -> list[str]:
 
 
 async def cancel_now(runtime: Runtime, orchestration: Orchestration) -> None:
-    """End an orchestration that no worker works on any more."""
+    """End an orchestration that no worker works on any more.
+
+    Raises:
+        OwnershipError: a run has taken it over meanwhile, and will see the cancel itself.
+    """
+    fence = unchanged_since(orchestration)
     orchestration = await runtime.store.update(
         Orchestration, orchestration.key, lambda it: it.evolve(control=Control.CANCEL)
     )
-    await _mark_unfinished(runtime, orchestration, Outcome.CANCELLED, "cancelled")
-    alive = await _end_all(runtime, orchestration, note="cancelled")
+    await _mark_unfinished(runtime, orchestration, Outcome.CANCELLED, "cancelled", fence=fence)
+    alive = await _end_all(runtime, orchestration, note="cancelled", fence=fence)
     orchestration = await preparation.discard_base(runtime, orchestration)
     orchestration = await runtime.store.update(
         Orchestration,
         orchestration.key,
         lambda it: it.evolve(complete=alive == 0, completed_at=it.completed_at or now()),
+        fence=fence,
     )
     _, summary = await write_metrics(
         runtime, orchestration, await runtime.store.forks(orchestration.workflow_id)
@@ -247,10 +259,6 @@ async def _open(runtime: Runtime, config: OrchestrationConfig, workflow_id: str)
             "another workflow_id, or give the same values to resume it"
         )
         raise ConfigError(msg)
-    if existing.control is Control.CANCEL and not existing.complete:
-        existing = await runtime.store.update(
-            Orchestration, key, lambda it: it.evolve(control=Control.RUN)
-        )
     return existing
 
 
@@ -270,7 +278,10 @@ async def _prepare(runtime: Runtime, orchestration: Orchestration, run_id: str) 
         text = runtime.redactor(orchestration).text(str(error))
         failure = Failure(failure_class=failure_class, message=text)
         await runtime.store.update(
-            Orchestration, orchestration.key, lambda it: it.evolve(fatal=failure)
+            Orchestration,
+            orchestration.key,
+            lambda it: it.evolve(fatal=failure),
+            fence=held_by(run_id),
         )
 
 
@@ -281,6 +292,7 @@ async def _mark_unfinished(
     message: str,
     *,
     failure_class: FailureClass | None = None,
+    fence: Fence,
 ) -> int:
     count = 0
     for fork in await runtime.store.forks(orchestration.workflow_id):
@@ -301,17 +313,21 @@ async def _mark_unfinished(
         count += not fork.outcome.is_terminal
         final = outcome if not fork.outcome.is_terminal else fork.outcome
         event = _event("fork-ended", fork.workflow_id, fork.fork_num, outcome=final.value)
-        await runtime.store.update(Fork, fork.key, ended, [event])
+        changed = await runtime.store.update(Fork, fork.key, ended, [event], fence=fence)
+        await settle(runtime.store, changed)
     return count
 
 
-async def _end_all(runtime: Runtime, orchestration: Orchestration, *, note: str) -> int:
+async def _end_all(
+    runtime: Runtime, orchestration: Orchestration, *, note: str, fence: Fence
+) -> int:
     """End every sandbox that may still be there; how many could not be ended."""
     leases = await runtime.store.leases(orchestration.workflow_id)
 
     async def end_one(lease: Lease) -> bool:
         try:
-            gone = await leasing.end(runtime, lease, orchestration.config.retry, note=note)
+            retry = orchestration.config.retry
+            gone = await leasing.end(runtime, lease, retry, note=note, fence=fence)
         except ProviderError as error:
             logger.warning("sandbox %s left to the reaper: %s", lease.key, error)
             return False
@@ -372,9 +388,3 @@ def _run_error(orchestration: Orchestration, summary: metrics.Row, lost: int) ->
             f"fail_run_below_success_rate ({least:.0%})"
         )
     return None
-
-
-async def owner_of(runtime: Runtime, workflow_id: str) -> Owner | None:
-    """The run that owns an orchestration, if any."""
-    orchestration = await runtime.store.get(Orchestration, orchestration_key(workflow_id))
-    return None if orchestration is None else orchestration.owner

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
 from dataclasses import dataclass
 
 from sandbox_pipeline import leasing, plugins
 from sandbox_pipeline.clock import now
 from sandbox_pipeline.config import RetryConfig
-from sandbox_pipeline.errors import ConfigError, ProviderError
-from sandbox_pipeline.ownership import is_dead
+from sandbox_pipeline.errors import ConfigError, OwnershipError, PipelineError, ProviderError
+from sandbox_pipeline.orchestrating import cancel_now
+from sandbox_pipeline.ownership import held_by, is_dead, unchanged_since
 from sandbox_pipeline.records import (
+    Control,
+    Event,
     Fork,
     Lease,
     Orchestration,
@@ -36,24 +41,34 @@ class Reaped:
     workflow_id: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"ended {self.provider} {self.sandbox_id}: {self.reason}"
 
-async def reap(runtime: Runtime, *, dry_run: bool = False) -> list[Reaped]:
+
+async def reap(
+    runtime: Runtime, *, dry_run: bool = False, ended_run: str | None = None
+) -> list[Reaped]:
     """End what nobody owns: by the store's leases, and by each provider's own list.
 
     A sandbox is left alone while its orchestration's run is alive, and while the run is dead
     but the fork unfinished: a resume may still re-attach, and the time-to-live bounds that.
+    An orchestration whose run died while it was being cancelled is cancelled to the end.
+
+    Args:
+        runtime: of this process.
+        dry_run: only say what would be ended.
+        ended_run: a Dagster run that is known to be over, whatever its worker looks like.
     """
     reaped: list[Reaped] = []
     for lease in await runtime.store.leases():
-        reason = await _why_not_needed(runtime, lease)
-        if reason is not None:
-            reaped.append(
-                Reaped(
-                    lease.provider, lease.sandbox_id or lease.lease_id, lease.workflow_id, reason
-                )
-            )
-            if not dry_run:
-                await _end(runtime, lease, reason)
+        key = orchestration_key(lease.workflow_id)
+        orchestration = await runtime.store.get(Orchestration, key)
+        reason = await _why_not_needed(runtime, lease, orchestration, ended_run)
+        if reason is None:
+            continue
+        if dry_run or await _end(runtime, lease, orchestration, reason):
+            name = lease.sandbox_id or lease.lease_id
+            reaped.append(Reaped(lease.provider, name, lease.workflow_id, reason))
     known = {item.sandbox_id for item in reaped}
     for name in plugins.names(plugins.PROVIDERS):
         reaped += [
@@ -61,17 +76,45 @@ async def reap(runtime: Runtime, *, dry_run: bool = False) -> list[Reaped]:
             for item in await _unleased(runtime, name, dry_run=dry_run)
             if item.sandbox_id not in known
         ]
+    if not dry_run:
+        await _finish_cancels(runtime)
     return reaped
 
 
-async def _why_not_needed(runtime: Runtime, lease: Lease) -> str | None:
-    orchestration = await runtime.store.get(Orchestration, orchestration_key(lease.workflow_id))
+async def ask_to_cancel(runtime: Runtime, run_id: str) -> None:
+    """Remember that a run was cancelled, for its worker or, if that is dead, for `reap`."""
+    for orchestration in await runtime.store.orchestrations(limit=10_000, unfinished_only=True):
+        if orchestration.owner is not None and orchestration.owner.run_id == run_id:
+            with contextlib.suppress(OwnershipError):
+                await runtime.store.update(
+                    Orchestration,
+                    orchestration.key,
+                    lambda it: it.evolve(control=Control.CANCEL),
+                    fence=held_by(run_id),
+                )
+
+
+async def _finish_cancels(runtime: Runtime) -> None:
+    for orchestration in await runtime.store.orchestrations(limit=10_000, unfinished_only=True):
+        owner = orchestration.owner
+        if orchestration.control is Control.CANCEL and (owner is None or is_dead(owner)):
+            try:
+                await cancel_now(runtime, orchestration)
+            except (PipelineError, OSError) as error:
+                logger.warning("could not cancel %s: %s", orchestration.key, error)
+
+
+async def _why_not_needed(
+    runtime: Runtime, lease: Lease, orchestration: Orchestration | None, ended_run: str | None
+) -> str | None:
     if orchestration is None or orchestration.completed_at is not None:
         return "its orchestration is over"
-    if orchestration.owner is not None and not is_dead(orchestration.owner):
+    owner = orchestration.owner
+    if owner is not None and owner.run_id != ended_run and not is_dead(owner):
         return None
-    if lease.fork_num is None:
-        return "the base of an orchestration that nobody works on"
+    cancelled = orchestration.control is Control.CANCEL
+    if cancelled or lease.fork_num is None:
+        return f"its orchestration was {'cancelled' if cancelled else 'left by its run'}"
     fork = await runtime.store.get(Fork, fork_key(lease.workflow_id, lease.fork_num))
     if fork is None or fork.outcome.is_terminal:
         return "its fork is over"
@@ -80,18 +123,38 @@ async def _why_not_needed(runtime: Runtime, lease: Lease) -> str | None:
     return None
 
 
-async def _end(runtime: Runtime, lease: Lease, reason: str) -> None:
+async def _end(runtime: Runtime, lease: Lease, seen: Orchestration | None, reason: str) -> bool:
     try:
-        await leasing.end(runtime, lease, RetryConfig(), note=f"reaped: {reason}")
+        await leasing.end(
+            runtime,
+            lease,
+            RetryConfig(),
+            note=f"reaped: {reason}",
+            fence=unchanged_since(seen),
+        )
+    except OwnershipError as error:
+        logger.info("left alone %s: %s", lease.key, error)
+        return False
     except (ProviderError, ConfigError) as error:
         logger.warning("could not end %s: %s", lease.key, error)
-        return
+        return False
     key = orchestration_key(lease.workflow_id)
+    payload = {"sandbox_id": lease.sandbox_id, "reason": reason}
+    await runtime.store.append(
+        Event(
+            name="sandbox-reaped",
+            workflow_id=lease.workflow_id,
+            fork_num=lease.fork_num,
+            time=time.time(),
+            payload=payload,
+        )
+    )
     orchestration = await runtime.store.get(Orchestration, key)
     if orchestration is not None and orchestration.completed_at is not None:
         left = await runtime.store.leases(lease.workflow_id)
         if not left:
             await runtime.store.update(Orchestration, key, lambda it: it.evolve(complete=True))
+    return True
 
 
 async def _unleased(runtime: Runtime, name: str, *, dry_run: bool) -> list[Reaped]:
@@ -103,7 +166,12 @@ async def _unleased(runtime: Runtime, name: str, *, dry_run: bool) -> list[Reape
         return []
     retry = RetryConfig()
     wanted = {"app": APP, "deployment_id": await runtime.deployment_id()}
-    found = await patiently(retry, lambda: provider.list(wanted))
+    try:
+        found = await patiently(retry, lambda: provider.list(wanted))
+    except ProviderError as error:
+        # The other providers are looked after all the same.
+        logger.warning("%s can't list its sandboxes: %s", name, error)
+        return []
     # Read after the list: a lease is always older than its sandbox.
     leases = {lease.lease_id for lease in await runtime.store.leases()}
     reaped: list[Reaped] = []
@@ -119,5 +187,9 @@ async def _unleased(runtime: Runtime, name: str, *, dry_run: bool) -> list[Reape
             )
         )
         if not dry_run:
-            await patiently(retry, lambda sandbox_id=info.sandbox_id: provider.kill(sandbox_id))
+            try:
+                await patiently(retry, lambda sandbox_id=info.sandbox_id: provider.kill(sandbox_id))
+            except ProviderError as error:
+                logger.warning("could not end %s: %s", info.sandbox_id, error)
+                reaped.pop()
     return reaped

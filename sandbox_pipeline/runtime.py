@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sandbox_pipeline import plugins
 from sandbox_pipeline.agents.base import Agent
+from sandbox_pipeline.orders import Orders
 from sandbox_pipeline.records import Event, ForkRef, Orchestration
 from sandbox_pipeline.redaction import Redactor
 from sandbox_pipeline.sandboxes.base import ProviderHost, SandboxProvider
@@ -49,6 +50,7 @@ class Runtime:
         self.settings = settings
         self.environ = environ
         self.slots = Slots()
+        self.orders = Orders(store)
         self._providers = dict(providers or {})
         self._agents = dict(agents or {})
         self._deployment_id: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,6 +43,15 @@ VARIABLES: dict[str, tuple[str, str]] = {
         "async",
         "How ops run: `async` (all on one event loop) or `multiprocess` (a process each).",
     ),
+    f"{PREFIX}DAILY_BUDGET_USD": (
+        "",
+        "Most US dollars that all agents together may spend on models in one day (UTC).",
+    ),
+    f"{PREFIX}SILENT_SECONDS": (
+        "60",
+        "A run that gave no sign of life for so many seconds counts as dead: another may take "
+        "its orchestration over.",
+    ),
 }
 """Name to default and meaning, in the order of the docs."""
 
@@ -62,6 +72,8 @@ class Settings:
     port: int
     log_level: str
     executor: ExecutorName
+    daily_budget_usd: float | None = None
+    silent_seconds: float = 60.0
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], *, home: Path | None = None) -> Settings:
@@ -83,6 +95,7 @@ class Settings:
         if not port.isdigit() or not 1 <= int(port) <= 65_535:
             msg = f"{PREFIX}PORT: {port!r} is not a port (1 to 65535)"
             raise ConfigError(msg)
+        budget = value("DAILY_BUDGET_USD", "")
         return cls(
             home=root,
             db_url=value("DB_URL", f"sqlite:///{root / 'sandbox_pipeline.db'}"),
@@ -93,6 +106,8 @@ class Settings:
             executor=cast(
                 "ExecutorName", _choice("EXECUTOR", value("EXECUTOR", "async"), EXECUTORS)
             ),
+            daily_budget_usd=_positive("DAILY_BUDGET_USD", budget) if budget else None,
+            silent_seconds=_positive("SILENT_SECONDS", value("SILENT_SECONDS", "60")),
         )
 
 
@@ -102,6 +117,17 @@ def default_home(environ: Mapping[str, str]) -> Path:
         return Path(environ["DAGSTER_HOME"]).expanduser().absolute()
     data = environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")  # noqa: PTH111 - without a home folder it leaves ~, and the error then names the path
     return Path(data) / "sandbox_pipeline"
+
+
+def _positive(name: str, value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        msg = f"{PREFIX}{name}: {value!r} is not a number above 0"
+        raise ConfigError(msg)
+    return number
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -143,7 +143,11 @@ def test_a_broken_file_fails_alone_and_the_other_has_job_and_schedule(server: We
     jobs = {job["name"] for job in node["jobs"]}
     assert {"orchestration_job", "nightly_job"} <= jobs
     assert [schedule["name"] for schedule in node["schedules"]] == ["nightly_schedule"]
-    assert [sensor["name"] for sensor in node["sensors"]] == ["sandbox_reaper"]
+    assert [sensor["name"] for sensor in node["sensors"]] == [
+        "sandbox_reaper",
+        "sandbox_reaper_on_cancel",
+        "sandbox_reaper_on_failure",
+    ]
     log = (server.home.parent / "webserver.log").read_text(encoding="utf-8")
     assert "broken.yaml: num_forks: Input should be greater than or equal to 1 (got 0)" in log
 

@@ -23,7 +23,7 @@ from sandbox_pipeline.agents.claude_stream import (
     ClaudeStream,
     StreamResult,
 )
-from sandbox_pipeline.agents.command import agent_env
+from sandbox_pipeline.agents.command import agent_env, why_timed_out
 from sandbox_pipeline.agents.detached import Finished, Job, run_detached
 from sandbox_pipeline.agents.key_proxy import (
     CREDENTIAL_VARIABLES,
@@ -142,6 +142,7 @@ async def _run(sandbox: Sandbox, task: Task, reporter: Reporter, route: _Route) 
         max_output_bytes=int(task.config.max_output_mb * 1e6),
         env=_environment(sandbox, task),
         stdin_path=task.prompt_path,
+        idle_timeout_seconds=task.config.idle_timeout_seconds,
     )
     complaints = deque[str](maxlen=LAST_LINES)
     with TranscriptWriter(task.artifacts / "transcript.jsonl", task.redactor) as transcript:
@@ -316,7 +317,7 @@ def _basis(usage: Usage, *, computed: bool) -> str:
 
 def _judged(said: StreamResult, finished: Finished, route: _Route, config: AgentConfig) -> _Verdict:
     if finished.timed_out:
-        return _timeout(config)
+        return _timeout(finished, config)
     if said.subtype == "error_max_budget_usd" or (said.is_error and route.meter.refused):
         return _budget(config)
     if said.subtype == "error_max_turns":
@@ -335,7 +336,7 @@ def _unsaid(
 ) -> _Verdict:
     code = finished.exit_code
     if finished.timed_out:
-        return _timeout(config)
+        return _timeout(finished, config)
     if route.meter.refused:
         return _budget(config)
     failure_class = FailureClass.AGENT_FAILED
@@ -357,9 +358,8 @@ def _failed(message: str, failure_class: FailureClass = FailureClass.AGENT_FAILE
     return _Verdict(Outcome.FAILED, message, failure_class)
 
 
-def _timeout(config: AgentConfig) -> _Verdict:
-    limit = f"agent.timeout_seconds ({config.timeout_seconds:g} s)"
-    return _Verdict(Outcome.TIMEOUT, f"the agent worked longer than {limit}")
+def _timeout(finished: Finished, config: AgentConfig) -> _Verdict:
+    return _Verdict(Outcome.TIMEOUT, why_timed_out(finished, config))
 
 
 def _budget(config: AgentConfig) -> _Verdict:

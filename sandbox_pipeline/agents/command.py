@@ -48,6 +48,7 @@ class CommandAgent:
             timeout_seconds=task.config.timeout_seconds,
             max_output_bytes=int(task.config.max_output_mb * 1e6),
             env=agent_env(task),
+            idle_timeout_seconds=task.config.idle_timeout_seconds,
         )
         last = deque[str](maxlen=1)
         with TranscriptWriter(task.artifacts / "transcript.jsonl", task.redactor) as transcript:
@@ -106,6 +107,14 @@ def agent_env(task: Task) -> dict[str, str]:
     }
 
 
+def why_timed_out(finished: Finished, config: AgentConfig) -> str:
+    """Which limit of time the agent exceeded."""
+    if finished.was_idle:
+        limit = f"agent.idle_timeout_seconds ({config.idle_timeout_seconds or 0:g} s)"
+        return f"the agent gave no output for longer than {limit}"
+    return f"the agent worked longer than agent.timeout_seconds ({config.timeout_seconds:g} s)"
+
+
 def _end_of_output(task: Task) -> str:
     """What the usage is read from; agents report it last."""
     path = task.artifacts / "stdout.log"
@@ -122,8 +131,7 @@ def _result(finished: Finished, program: str, last: list[str], config: AgentConf
         return AgentResult(
             outcome=Outcome.TIMEOUT,
             exit_code=code,
-            message="the agent worked longer than agent.timeout_seconds "
-            f"({config.timeout_seconds:g} s)",
+            message=why_timed_out(finished, config),
             output_truncated=truncated,
         )
     if code == 0:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import shlex
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sandbox_pipeline.errors import AgentError, FailureClass
 from sandbox_pipeline.sandboxes.base import STATE_DIR, WORKSPACE, Command, Sandbox
@@ -31,6 +32,7 @@ class Job:
         stdin_path: file inside the sandbox that becomes its standard input.
         timeout_seconds: then SIGINT, and SIGKILL `KILL_AFTER_SECONDS` later, from inside.
         max_output_bytes: of each stream; what comes after is counted and dropped.
+        idle_timeout_seconds: without output for so long it is stopped too; None: never.
     """
 
     argv: Sequence[str]
@@ -39,6 +41,7 @@ class Job:
     cwd: str = WORKSPACE
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     stdin_path: str = "/dev/null"
+    idle_timeout_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Finished:
 
     Attributes:
         exit_code: as a shell reports it, 128 + n for signal n.
+        timed_out: it was stopped because it ran too long, or was silent for too long.
+        was_idle: it was the latter.
         seconds: how long it ran, by the sandbox's own clock.
         dropped_bytes: output beyond `max_output_bytes`, both streams.
     """
@@ -55,6 +60,7 @@ class Finished:
     timed_out: bool
     seconds: float
     dropped_bytes: int
+    was_idle: bool = False
 
 
 # mkdir is atomic: a second start of the same job finds `started` and does nothing. head stops at
@@ -85,6 +91,19 @@ mv exit.tmp exit
 """
 
 
+# Not by pkill, which small images lack. The fourth field is the parent.
+_INTERRUPT = """\
+parent=$(cat "$1/pid") || exit 1
+for stat in /proc/[0-9]*/stat; do
+  read -r line < "$stat" || continue
+  case "$line" in
+    *" (timeout) "?" $parent "*) kill -INT "${line%% *}" && exit 0 ;;
+  esac
+done 2> /dev/null
+exit 1
+"""
+
+
 def folder_of(name: str) -> str:
     """Where a job's files are inside the sandbox."""
     return f"{STATE_DIR}/{name}"
@@ -106,13 +125,46 @@ async def run_detached(sandbox: Sandbox, name: str, job: Job, on_output: OnOutpu
     """
     folder = folder_of(name)
     await _start(sandbox, folder, job)
-    return await _follow(sandbox, folder, job, on_output)
+    silence = _Silence(job.idle_timeout_seconds)
+
+    async def hear(stream: str, chunk: bytes) -> None:
+        silence.ended()
+        await on_output(stream, chunk)
+
+    async def stop_if_idle() -> None:
+        if silence.is_too_long():
+            await interrupt(sandbox, name)
+
+    finished = await _follow(sandbox, folder, job, hear, stop_if_idle)
+    return replace(finished, timed_out=True, was_idle=True) if silence.stopped else finished
 
 
-async def interrupt(sandbox: Sandbox, name: str) -> None:
-    """Ask a job to stop with SIGINT, as its time-out would."""
-    script = "pkill -INT -P $(cat pid) timeout || true"
-    await sandbox.run(Command(["sh", "-c", script], cwd=folder_of(name)))
+async def interrupt(sandbox: Sandbox, name: str) -> bool:
+    """Stop a job as its time-out would: SIGINT, and SIGKILL `KILL_AFTER_SECONDS` later.
+
+    Returns:
+        Whether there was one to stop.
+    """
+    found = await sandbox.run(Command(["sh", "-c", _INTERRUPT, "sh", folder_of(name)]))
+    return found.exit_code == 0
+
+
+class _Silence:
+    """How long nothing was heard of a job; too long only once."""
+
+    def __init__(self, limit_seconds: float | None) -> None:
+        self._limit_seconds = limit_seconds
+        self._since = time.monotonic()
+        self.stopped = False
+
+    def ended(self) -> None:
+        self._since = time.monotonic()
+
+    def is_too_long(self) -> bool:
+        if self._limit_seconds is None or self.stopped:
+            return False
+        self.stopped = time.monotonic() - self._since > self._limit_seconds
+        return self.stopped
 
 
 async def _start(sandbox: Sandbox, folder: str, job: Job) -> None:
@@ -132,7 +184,13 @@ async def _start(sandbox: Sandbox, folder: str, job: Job) -> None:
     await sandbox.run(Command(["sh", "-c", launch], env=job.env))
 
 
-async def _follow(sandbox: Sandbox, folder: str, job: Job, on_output: OnOutput) -> Finished:
+async def _follow(
+    sandbox: Sandbox,
+    folder: str,
+    job: Job,
+    on_output: OnOutput,
+    between: Callable[[], Awaitable[None]],
+) -> Finished:
     offsets = dict.fromkeys(STREAMS, 0)
     loop = asyncio.get_running_loop()
     began = checked = loop.time()
@@ -157,6 +215,7 @@ async def _follow(sandbox: Sandbox, folder: str, job: Job, on_output: OnOutput) 
             await _check_alive(sandbox, folder)
         if now - began > job.timeout_seconds + KILL_AFTER_SECONDS + OVERDUE_SECONDS:
             return Finished(137, timed_out=True, seconds=now - began, dropped_bytes=0)
+        await between()
         # The pause bounds what a finished agent's sandbox idles, paid for, to 2% of its work.
         await asyncio.sleep(min(1.0, max(0.02, 0.02 * (now - began))))
 

@@ -18,11 +18,19 @@ from sandbox_pipeline.settings import Settings
 COMMANDS = {
     "run": "Run an orchestration here and watch it.",
     "demo": "Run three forks on a small example repository.",
-    "show": "Show the forks of an orchestration, or one fork's transcript.",
+    "show": "Show the forks of an orchestration in order, or one fork's transcript.",
+    "diff": "Show in what the patches of two forks differ.",
+    "patch": "Print the patch of a fork.",
+    "apply": "Make a new branch with a fork's patch in your own checkout.",
+    "compare": "Compare orchestrations: pass rate, cost, time.",
+    "report": "Write the report of an orchestration, and open it.",
     "events": "Print the timeline of an orchestration.",
     "export": "Write the metrics of all orchestrations to a file.",
     "launch": "Submit a YAML file to a running webserver.",
-    "cancel": "Cancel a running orchestration and end its sandboxes.",
+    "status": "Say how an orchestration and its forks stand now.",
+    "cancel": "Cancel an orchestration, or one of its forks, and end the sandboxes.",
+    "pause": "Start no further forks of an orchestration.",
+    "resume": "Let an orchestration go on that was paused, or whose run died.",
     "reap": "End sandboxes that nobody owns any more.",
     "doctor": "Check whether this machine can run a configuration.",
     "ui": "Open Dagster's UI on the same instance.",
@@ -45,11 +53,6 @@ class _Commands(click.Group):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Exit codes"):
             formatter.write_dl([(str(code), text) for code, text in EXIT_CODES.items()])
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        return super().resolve_command(ctx, args)
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from sandbox_pipeline.errors import ConfigError
 from sandbox_pipeline.instance import ensure_home
-from sandbox_pipeline.records import Orchestration, orchestration_key
+from sandbox_pipeline.records import Fork, Orchestration, orchestration_key
+from sandbox_pipeline.results import fork_of
 from sandbox_pipeline.runtime import Runtime
 from sandbox_pipeline.settings import default_home
 
@@ -49,3 +50,16 @@ async def find_orchestration(runtime: Runtime, workflow_id: str | None) -> Orche
     names = ", ".join(item.workflow_id for item in latest) or "none yet"
     msg = f"WORKFLOW: no orchestration {workflow_id!r}; the latest are: {names}"
     raise ConfigError(msg)
+
+
+async def find_fork(
+    runtime: Runtime, workflow_id: str | None, fork_num: int
+) -> tuple[Orchestration, Fork]:
+    """A fork of this orchestration, or of the latest.
+
+    Raises:
+        ConfigError: there is no such orchestration or fork.
+    """
+    orchestration = await find_orchestration(runtime, workflow_id)
+    forks = await runtime.store.forks(orchestration.workflow_id)
+    return orchestration, fork_of(forks, fork_num)

@@ -49,13 +49,19 @@ def result_document(orchestration: Orchestration, forks: Sequence[Fork]) -> dict
     """What `--json` prints of an orchestration: its rows in the two metrics tables."""
     from sandbox_pipeline.lifecycle import artifacts_of
     from sandbox_pipeline.metrics import fork_row, summary_row
+    from sandbox_pipeline.results import place_row, ranking_of
 
+    ranked = ranking_of(orchestration, forks)
+    winner = ranked.winner
     rows = [fork_row(fork, orchestration, str(artifacts_of(orchestration, fork))) for fork in forks]
     return {
         "workflow_id": orchestration.workflow_id,
         "complete": orchestration.complete,
         "summary": _plain(summary_row(orchestration, forks)),
         "forks": [_plain(row) for row in rows],
+        "decision": ranked.headline,
+        "winner": winner and winner.fork_num,
+        "ranking": [place_row(orchestration.workflow_id, it, winner) for it in ranked.places],
     }
 
 
@@ -67,6 +73,8 @@ def print_result(
 
     console = Console()
     console.print(fork_table(orchestration, forks))
+    if all(fork.outcome.is_terminal for fork in forks):
+        _print_ranking(console, orchestration, forks)
     folder = orchestration.artifacts
     alive = sum(fork.timings.sandbox_seconds or 0 for fork in forks)
     working = sum(fork.timings.agent_seconds or 0 for fork in forks)
@@ -74,6 +82,7 @@ def print_result(
         ("patches", f"{folder}/fork_*/patch.diff"),
         ("transcripts", f"{folder}/fork_*/transcript.jsonl"),
         ("sandboxes", f"{duration(alive)} alive in all, {duration(max(0, alive - working))} idle"),
+        ("report", f"sandbox-pipeline report {orchestration.workflow_id} --open"),
         ("timeline", f"sandbox-pipeline events {orchestration.workflow_id}"),
         ("metrics", "sandbox-pipeline export --format csv"),
     ]
@@ -82,6 +91,21 @@ def print_result(
         lines.append(("this run in the UI", ui_hint(last_run)))
     for name, text in lines:
         console.print(f"[bold]{name}[/bold]: {escape(text)}", soft_wrap=True, highlight=False)
+
+
+def _print_ranking(console: Console, orchestration: Orchestration, forks: Sequence[Fork]) -> None:
+    from sandbox_pipeline.results import ranking_of
+
+    ranked = ranking_of(orchestration, forks)
+    console.print("[bold]ranking[/bold]")
+    for place in ranked.places:
+        line = f"{place.place:>4}. fork {place.fork_num}: {place.reason}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    style = "bold green" if ranked.winner else "bold yellow"
+    console.print(
+        ranked.headline[0].upper() + ranked.headline[1:],
+        style=style, markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def _print_transcript(

@@ -1,7 +1,8 @@
 """Stands by a run in its worker process, whichever executor runs the ops.
 
 While the run lasts it keeps the ownership of the run's orchestrations alive and turns a cancel
-asked for in the store into the interrupt that Dagster knows. When the run is cancelled it ends
+asked for in the store into the interrupt that Dagster knows; the same interrupt ends a run that
+lost its orchestration to another while it was silent. When the run is cancelled it ends
 every sandbox and marks every fork, those between two ops included. A worker that is stopped
 without a cancel (a restart of the machine, say) leaves sandboxes and agents alone: the next run
 re-attaches to them, or their time-to-live ends them.
@@ -15,14 +16,16 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Generator
 from pathlib import Path
 
 import dagster as dg
 
 from sandbox_pipeline.clock import now
+from sandbox_pipeline.errors import PipelineError, StoreError
 from sandbox_pipeline.orchestrating import settle_cancelled
-from sandbox_pipeline.ownership import HEARTBEAT_SECONDS
+from sandbox_pipeline.ownership import HEARTBEAT_SECONDS, WORKER_VARIABLE
 from sandbox_pipeline.records import Control, Orchestration
 from sandbox_pipeline.runtime import Runtime
 
@@ -37,19 +40,20 @@ INTERACTIVE_TAG = "sandbox_pipeline/interactive"
 def guarded(instance: dg.DagsterInstance, run_id: str) -> Generator[None]:
     """Guard the run while the block runs, and settle it if it was cancelled."""
     home = instance_home(instance)
-    over = threading.Event()
-    watcher = threading.Thread(
-        target=lambda: asyncio.run(_watch(instance, home, run_id, over)), name="run-guard"
-    )
+    guard = _Guard(instance, home, run_id)
+    watcher = threading.Thread(target=lambda: asyncio.run(guard.watch()), name="run-guard")
+    os.environ[WORKER_VARIABLE] = str(os.getpid())
     watcher.start()
     try:
         yield
     except BaseException:
-        _ask_to_cancel_if_interactive(instance, run_id)
+        if not guard.lost:
+            _ask_to_cancel_if_interactive(instance, run_id)
         raise
     finally:
-        over.set()
+        guard.over.set()
         watcher.join()
+        os.environ.pop(WORKER_VARIABLE, None)
         if is_cancelled(instance, run_id):
             asyncio.run(_settle(home, run_id))
 
@@ -76,38 +80,65 @@ def _ask_to_cancel_if_interactive(instance: dg.DagsterInstance, run_id: str) -> 
         instance.report_run_canceling(run, message="Interrupted at the terminal.")
 
 
-async def _watch(
-    instance: dg.DagsterInstance, home: Path | None, run_id: str, over: threading.Event
-) -> None:
-    runtime = Runtime.open(home=home)
-    interrupted = False
-    last_beat = 0.0
-    try:
-        while not over.is_set():
-            await asyncio.sleep(CONTROL_POLL_SECONDS)
-            mine = await _owned(runtime, run_id)
-            if mine and now().monotonic - last_beat > HEARTBEAT_SECONDS:
-                last_beat = now().monotonic
-                for orchestration in mine:
-                    await runtime.store.update(
-                        Orchestration, orchestration.key, lambda it: _beaten(it, run_id)
-                    )
-            if not interrupted and any(it.control is Control.CANCEL for it in mine):
-                interrupted = True
-                run = instance.get_run_by_id(run_id)
-                if run is not None and not is_cancelled(instance, run_id):
-                    instance.report_run_canceling(run, message="Cancelled by command.")
-                os.kill(os.getpid(), signal.SIGINT)
-    except Exception:
-        # Without heartbeat the run loses its ownership after a while, which must be seen.
-        logger.exception("the guard of run %s failed", run_id)
-    finally:
-        await runtime.close()
+class _Guard:
+    """What the guard's thread does and has seen."""
+
+    def __init__(self, instance: dg.DagsterInstance, home: Path | None, run_id: str) -> None:
+        self._instance = instance
+        self._home = home
+        self._run_id = run_id
+        self._interrupted = False
+        self._last_beat = 0.0
+        self._mine: dict[str, Orchestration] = {}
+        self.over = threading.Event()
+        self.lost = False
+
+    async def watch(self) -> None:
+        """Look after the run until it is over."""
+        try:
+            runtime = Runtime.open(home=self._home)
+        except PipelineError as error:
+            # The ops say the same, and where people look.
+            logger.warning("run %s is not guarded: %s", self._run_id, error)
+            return
+        try:
+            while not self.over.is_set():
+                await asyncio.sleep(CONTROL_POLL_SECONDS)
+                try:
+                    await self._look(runtime)
+                except StoreError as error:
+                    # Without heartbeat the run loses its orchestration after a while.
+                    logger.warning("the guard of run %s: %s", self._run_id, error)
+        finally:
+            await runtime.close()
+
+    async def _look(self, runtime: Runtime) -> None:
+        unfinished = {
+            it.key: it
+            for it in await runtime.store.orchestrations(limit=10_000, unfinished_only=True)
+        }
+        mine = {key: it for key, it in unfinished.items() if _owner_id(it) == self._run_id}
+        for key in self._mine.keys() & unfinished.keys() - mine.keys():
+            self.lost = True
+            logger.error("run %s lost %s to %s", self._run_id, key, _owner_id(unfinished[key]))
+        self._mine = mine
+        silent = min((it.owner.silent_seconds for it in mine.values() if it.owner), default=60.0)
+        if mine and time.monotonic() - self._last_beat > min(HEARTBEAT_SECONDS, silent / 4):
+            self._last_beat = time.monotonic()
+            for key in mine:
+                await runtime.store.update(Orchestration, key, lambda it: _beaten(it, self._run_id))
+        cancelled = any(it.control is Control.CANCEL for it in mine.values())
+        if (cancelled or self.lost) and not self._interrupted:
+            self._interrupted = True
+            run = self._instance.get_run_by_id(self._run_id)
+            asked = is_cancelled(self._instance, self._run_id)
+            if cancelled and run is not None and not asked:
+                self._instance.report_run_canceling(run, message="Cancelled by command.")
+            os.kill(os.getpid(), signal.SIGINT)
 
 
-async def _owned(runtime: Runtime, run_id: str) -> list[Orchestration]:
-    unfinished = await runtime.store.orchestrations(limit=10_000, unfinished_only=True)
-    return [it for it in unfinished if it.owner is not None and it.owner.run_id == run_id]
+def _owner_id(orchestration: Orchestration) -> str | None:
+    return None if orchestration.owner is None else orchestration.owner.run_id
 
 
 def _beaten(orchestration: Orchestration, run_id: str) -> Orchestration:

@@ -23,15 +23,19 @@ from sandbox_pipeline.records import (
     Orchestration,
     Record,
     SandboxState,
+    orchestration_key,
 )
-from sandbox_pipeline.store import tables
+from sandbox_pipeline.store import spending, tables
 from sandbox_pipeline.store.engine import open_engine, store_error
+from sandbox_pipeline.store.spending import Claim
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
 
 MAX_PAYLOAD_CHARS = 4000
 STALE_PERMIT_SECONDS = 120.0
+Fence = Callable[[Orchestration | None], None]
+"""Raises where the orchestration is no longer in the hands that a write needs it in."""
 OPEN = "open"
 COMPLETE = "complete"
 
@@ -122,6 +126,8 @@ class Store:
         key: str,
         change: Callable[[R], R],
         events: Iterable[Event] = (),
+        *,
+        fence: Fence | None = None,
     ) -> R:
         """Read, change and store a record in one transaction.
 
@@ -130,6 +136,8 @@ class Store:
             key: the state key.
             change: gives the new record; may raise to leave all as it was. Must not block.
             events: stored with it.
+            fence: sees the record's orchestration in the same transaction, whose owner then
+                can't change before the write is stored; raises to leave all as it was.
 
         Raises:
             KeyError: there is no such record.
@@ -141,6 +149,7 @@ class Store:
             current = _get(connection, record_type, key, lock=True)
             if current is None:
                 raise KeyError(key)
+            _check(connection, current.workflow_id, fence)
             changed = change(current)
             stored = current if changed == current else _set(connection, changed)
             _append(connection, listed)
@@ -192,33 +201,24 @@ class Store:
         return await self._run(read, write=False)
 
     async def admit(
-        self, lease: Lease, max_live: int, events: Iterable[Event] = ()
+        self, lease: Lease, max_live: int, *, fence: Fence | None = None
     ) -> Lease | None:
         """Store a new lease, if its orchestration then has at most `max_live` that are not gone.
 
         Returns:
             The stored lease, or None when there is no slot.
         """
-        listed = list(events)
 
         def write(connection: Connection) -> Lease | None:
-            if self._engine.dialect.name == "postgresql":
-                # Two transactions that both count and then insert would both find a slot.
-                connection.execute(
-                    sa.select(
-                        sa.func.pg_advisory_xact_lock(
-                            sa.func.hashtext(f"admit:{lease.workflow_id}")
-                        )
-                    )
-                )
+            _check(connection, lease.workflow_id, fence)
+            # Two transactions that both count and then insert would both find a slot.
+            self._lock(connection, f"admit:{lease.workflow_id}")
             live = connection.execute(
                 sa.select(sa.func.count()).where(*_live_lease(lease.workflow_id))
             ).scalar_one()
             if live >= max_live:
                 return None
-            stored = _set(connection, lease)
-            _append(connection, listed)
-            return stored
+            return _set(connection, lease)
 
         return await self._run(write)
 
@@ -240,10 +240,12 @@ class Store:
 
         return await self._run(read, write=False)
 
-    async def append(self, *new: Event) -> None:
-        """Add events to the timeline."""
+    async def append(self, *new: Event, fence: Fence | None = None) -> None:
+        """Add events of one orchestration to the timeline."""
 
         def write(connection: Connection) -> None:
+            if new:
+                _check(connection, new[0].workflow_id, fence)
             _append(connection, new)
 
         await self._run(write)
@@ -273,10 +275,7 @@ class Store:
         """
 
         def write(connection: Connection) -> int | float:
-            if self._engine.dialect.name == "postgresql":
-                connection.execute(
-                    sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(f"permit:{scope}")))
-                )
+            self._lock(connection, f"permit:{scope}")
             now = self._now(connection)
             table = tables.permits
             window = window_ms / 1000
@@ -318,6 +317,38 @@ class Store:
 
         await self._run(write)
 
+    async def reserve(self, claim: Claim) -> float | None:
+        """US dollars that a fork may spend; None while it has to wait for others to end.
+
+        A fork that has a reservation keeps it.
+
+        Raises:
+            BudgetError: too little is left.
+        """
+
+        def write(connection: Connection) -> float | None:
+            self._lock(connection, "spending")
+            return spending.reserve(connection, claim, self._now(connection))
+
+        return await self._run(write)
+
+    async def settle(
+        self, workflow_id: str, fork_num: int, *, spent_usd: float | None, agent_ran: bool
+    ) -> None:
+        """Count what an ended fork spent, and give back the rest of its reservation.
+
+        Where the cost is unknown though the agent ran, it counts as what was reserved.
+        """
+
+        def write(connection: Connection) -> None:
+            self._lock(connection, "spending")
+            at = self._now(connection)
+            spending.settle(
+                connection, workflow_id, fork_num, at, spent_usd=spent_usd, agent_ran=agent_ran
+            )
+
+        await self._run(write)
+
     async def write_rows(
         self, table: sa.Table, workflow_id: str, rows: Sequence[Mapping[str, Any]]
     ) -> None:
@@ -350,6 +381,11 @@ class Store:
 
         return await self._run(read, write=False)
 
+    def _lock(self, connection: Connection, name: str) -> None:
+        """Let no other transaction with this lock run until this one ends."""
+        if self._engine.dialect.name == "postgresql":
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(name))))
+
     def _now(self, connection: Connection) -> float:
         # Rate limits of many machines must be judged by one clock: the database's.
         if self._engine.dialect.name == "postgresql":
@@ -371,6 +407,17 @@ class Store:
                 raise store_error(self._engine, error) from error
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+def _check(connection: Connection, workflow_id: str, fence: Fence | None) -> None:
+    if fence is None:
+        return
+    query = sa.select(tables.state.c.value, tables.state.c.version).where(
+        tables.state.c.key == orchestration_key(workflow_id)
+    )
+    # Shared: many forks write at once, and a change of the owner waits for all of them.
+    row = connection.execute(query.with_for_update(read=True)).first()
+    fence(None if row is None else _load(Orchestration, row.value, row.version))
 
 
 def _live_lease(workflow_id: str | None) -> list[sa.ColumnElement[bool]]:

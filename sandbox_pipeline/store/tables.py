@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import (
     Boolean,
     Column,
@@ -157,4 +159,32 @@ orchestration_summary = Table(
     Column("paid_idle_seconds", Float, comment="sandboxes alive while no agent ran, summed"),
     Column("requested_at", DateTime(timezone=True), comment="when it was asked for, UTC"),
     Column("completed_at", DateTime(timezone=True), comment="when the last fork ended, UTC"),
+)
+
+# Not in the database but in the assets of the same names; here for their columns.
+_assets = MetaData()
+
+
+def _places() -> list[Column[Any]]:
+    return [
+        Column("workflow_id", String(63), comment="orchestration"),
+        Column("place", Integer, comment="from 1; equal changes share a place"),
+        Column("fork_num", Integer, comment="fork, from 0"),
+        Column("winner", Boolean, comment="the patch to take"),
+        Column("verification", String(16), comment="verified, rejected, unverified or error"),
+        Column("outcome", String(32), comment="how the fork ended"),
+        Column("tests_passed", Integer, comment="by the JUnit report"),
+        Column("judged", Float, comment="the judge's score, 0 to 1"),
+        Column("lines_changed", Integer, comment="added and removed"),
+        Column("cost_usd", Float, comment="US dollars; empty: unknown"),
+        Column("agent_seconds", Float, comment="agent at work"),
+        Column("score", Float, comment="weighted measures, comparable where verification is equal"),
+        Column("same_as", Integer, comment="the fork that stands for the same change"),
+        Column("reason", Text, comment="why it has this place, in words"),
+    ]
+
+
+ranking = Table("ranking", _assets, *_places())
+winner = Table(
+    "winner", _assets, *_places(), Column("patch_path", Text, comment="where the patch is")
 )

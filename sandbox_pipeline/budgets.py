@@ -1,0 +1,60 @@
+"""What a fork may spend on the model, and what it has spent."""
+
+from __future__ import annotations
+
+from sandbox_pipeline.records import Fork, Orchestration
+from sandbox_pipeline.store import Store
+from sandbox_pipeline.store.spending import Claim
+
+
+def claim_of(
+    orchestration: Orchestration, fork_num: int, deployment_daily_usd: float | None
+) -> Claim | None:
+    """What a fork has to have reserved before it starts; None where nothing is limited."""
+    config = orchestration.config
+    daily = [
+        limit for limit in (config.daily_budget_usd, deployment_daily_usd) if limit is not None
+    ]
+    if config.budget_usd is None and not daily:
+        return None
+    return Claim(
+        workflow_id=orchestration.workflow_id,
+        fork_num=fork_num,
+        num_forks=config.num_forks,
+        wanted_usd=config.agent.max_budget_usd,
+        budget_usd=config.budget_usd,
+        daily_budget_usd=min(daily, default=None),
+    )
+
+
+def spent_usd(fork: Fork) -> float | None:
+    """What a fork has spent so far, all its attempts together; None where that is unknown."""
+    latest = fork.result.usage.cost_usd if fork.result is not None else None
+    if latest is None:
+        latest = fork.cost_so_far_usd
+    if latest is None:
+        return fork.earlier_cost_usd
+    return latest + (fork.earlier_cost_usd or 0.0)
+
+
+def limit_usd(orchestration: Orchestration, fork: Fork) -> float | None:
+    """What the fork's present attempt may spend; None: no limit."""
+    limits = [
+        limit
+        for limit in (fork.budget_usd, orchestration.config.agent.max_budget_usd)
+        if limit is not None
+    ]
+    return max(0.0, min(limits) - (fork.earlier_cost_usd or 0.0)) if limits else None
+
+
+async def settle(store: Store, fork: Fork) -> None:
+    """Count what an ended fork spent, and give back what it didn't; safe to repeat."""
+    spent = spent_usd(fork)
+    if spent is None and fork.budget_usd is None:
+        return
+    await store.settle(
+        fork.workflow_id,
+        fork.fork_num,
+        spent_usd=spent,
+        agent_ran=fork.agent_started_at is not None,
+    )
