@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -211,12 +212,21 @@ def _verdict(code: int, counts: Counts | None, result: CommandResult) -> tuple[V
         named = ", ".join(counts.names[:3])
         return Verdict.REJECTED, f"{counts.failed} of {total} tests failed: {named}"
     if code != 0:
-        return Verdict.REJECTED, f"verify_command exited with {code}: {tail(result, 300)}"
+        return Verdict.REJECTED, f"verify_command exited with {code}: {_last_words(result)}"
     if counts is not None and counts.passed == 0:
         return Verdict.UNVERIFIED, "verify_command passed, but no test was run"
     if counts is not None:
         return Verdict.VERIFIED, f"{counts.passed} tests passed"
     return Verdict.VERIFIED, "verify_command passed"
+
+
+def _last_words(result: CommandResult) -> str:
+    """The last error that the command named, and its last line."""
+    said = (result.stdout + result.stderr).decode("utf-8", "replace")
+    lines = [" ".join(line.split()) for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"(E\s+)?[\w.]*(Error|Exception)\b", line)]
+    chosen = dict.fromkeys([*errors[-1:], *lines[-1:]])
+    return "; ".join(chosen)[:300] or "it said nothing"
 
 
 async def _try_patch(sandbox: Sandbox, orchestration: Orchestration, patch: Path) -> _Run:

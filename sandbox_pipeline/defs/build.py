@@ -8,6 +8,7 @@ import dagster as dg
 import pandas as pd
 
 from sandbox_pipeline.config import OrchestrationConfig, parse_config
+from sandbox_pipeline.defs.decision import checks_of, decision_assets
 from sandbox_pipeline.defs.executor import executor_named
 from sandbox_pipeline.defs.launchpad import launchpad_schema
 from sandbox_pipeline.defs.ops import (
@@ -61,8 +62,8 @@ def build_orchestration(
         **changes: other top-level fields of the configuration to change.
 
     Returns:
-        Definitions with assets `fork_metrics` and `orchestration_summary`, job
-        `<name>_job` and, with `cron`, schedule `<name>_schedule`.
+        Definitions with assets `fork_metrics`, `orchestration_summary`, `ranking` and `winner`,
+        their checks, job `<name>_job` and, with `cron`, schedule `<name>_schedule`.
 
     Raises:
         ConfigError: the name, the configuration, the cron or the timezone is wrong.
@@ -78,17 +79,19 @@ def build_orchestration(
         base["retry"] = {**base.get("retry", {}), "attempts": retry_attempts}
     base |= changes
     parse_config(base, source=label)
-    forks, summary = _assets(name, base)
+    prefix = [name] if name else []
+    assets = [*_assets(name, base), *decision_assets(prefix)]
     chosen = executor_named(executor)
     job = dg.define_asset_job(
         f"{label}_job",
-        selection=dg.AssetSelection.assets(forks, summary),
+        selection=dg.AssetSelection.assets(*assets),
         description=f"Run the orchestration '{label}': fork the prompt, run, compare, clean up.",
         executor_def=chosen,
         tags=RETRY_TAGS,
     )
     return dg.Definitions(
-        assets=[forks, summary],
+        assets=assets,
+        asset_checks=[checks_of(prefix)],
         jobs=[job],
         schedules=[_schedule(label, job, cron, timezone)] if cron is not None else [],
         resources={RUNTIME: pipeline_runtime},

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
 import dagster as dg
@@ -10,12 +12,16 @@ import pandas as pd
 from dagster._core.errors import DagsterExecutionInterruptedError
 
 from sandbox_pipeline import orchestrating
-from sandbox_pipeline.config import parse_config
+from sandbox_pipeline.config import OrchestrationConfig, parse_config
 from sandbox_pipeline.defs.presentation import fork_metrics_metadata
+from sandbox_pipeline.defs.reconciling import report_dead
 from sandbox_pipeline.errors import PipelineError
 from sandbox_pipeline.lifecycle import ForkLife
 from sandbox_pipeline.metrics import frame
-from sandbox_pipeline.records import Event, ForkRef
+from sandbox_pipeline.reaper import reap
+from sandbox_pipeline.records import Event, ForkRef, Orchestration, orchestration_key
+from sandbox_pipeline.redaction import Redactor
+from sandbox_pipeline.report import write_report
 from sandbox_pipeline.runtime import Announce, Runtime
 from sandbox_pipeline.store import tables
 
@@ -24,11 +30,6 @@ T = TypeVar("T")
 RUNTIME = "pipeline_runtime"
 ERROR_TYPE = "error_type"
 WORKFLOW_TAG = "sandbox_pipeline/workflow_id"
-FINISHED = (
-    dg.DagsterRunStatus.SUCCESS,
-    dg.DagsterRunStatus.FAILURE,
-    dg.DagsterRunStatus.CANCELED,
-)
 
 
 def _priority(step: int) -> dict[str, str]:
@@ -49,17 +50,7 @@ async def orchestrate(context: dg.OpExecutionContext) -> AsyncIterator[dg.Dynami
     # Retries and re-executions of a run share its root: they resume the same orchestration.
     workflow_id = config.workflow_id or f"wf-{(run.root_run_id or run.run_id)[:8]}"
     context.instance.add_run_tags(run.run_id, {WORKFLOW_TAG: workflow_id})
-    runtime = _runtime(context)
-    refs = await _adapted(
-        orchestrating.begin(
-            runtime,
-            config,
-            workflow_id,
-            run.run_id,
-            previous_ended=await _previous_ended(context, workflow_id),
-            announce=_announce(context),
-        )
-    )
+    refs = await _adapted(_begin(context, config, workflow_id))
     for ref in refs:
         yield dg.DynamicOutput(ref, mapping_key=f"fork_{ref.fork_num:03d}")
 
@@ -115,11 +106,27 @@ async def check_completion(context: dg.OpExecutionContext, forks: list[ForkRef])
         )
     )
     metadata = fork_metrics_metadata(done)
+    report = await _report(context, done)
+    if report is not None:
+        metadata["report"] = dg.MetadataValue.path(report)
     if done.error is not None:
         # The rows are worth showing, but a failed step has no output to attach them to.
         raise dg.Failure(description=done.error, metadata=metadata, allow_retries=False)
     context.add_output_metadata(metadata)
     return frame(tables.fork_metrics, done.rows)
+
+
+async def _report(context: dg.OpExecutionContext, done: orchestrating.Completed) -> Path | None:
+    """Write the report; what is wrong with it is no reason to lose the results."""
+    runtime = _runtime(context)
+    orchestration = done.orchestration
+    forks = await runtime.store.forks(orchestration.workflow_id)
+    redactor = runtime.redactor(orchestration)
+    try:
+        return await asyncio.to_thread(write_report, orchestration, forks, redactor)
+    except (OSError, ValueError) as error:
+        context.log.warning("no report: %s", error)
+        return None
 
 
 def _runtime(context: dg.OpExecutionContext) -> Runtime:
@@ -139,12 +146,35 @@ def _announce(context: dg.OpExecutionContext) -> Announce:
     return announce
 
 
+async def _begin(
+    context: dg.OpExecutionContext, config: OrchestrationConfig, workflow_id: str
+) -> list[ForkRef]:
+    runtime = _runtime(context)
+    refs = await orchestrating.begin(
+        runtime,
+        config,
+        workflow_id,
+        context.run_id,
+        previous_ended=await _previous_ended(context, workflow_id),
+        announce=_announce(context),
+    )
+    for item in await reap(runtime):
+        context.log.info(str(item))
+    return refs
+
+
 async def _previous_ended(context: dg.OpExecutionContext, workflow_id: str) -> bool:
-    owner = await orchestrating.owner_of(_runtime(context), workflow_id)
-    if owner is None:
+    store = _runtime(context).store
+    orchestration = await store.get(Orchestration, orchestration_key(workflow_id))
+    if orchestration is None or orchestration.owner is None:
         return True
+    owner = orchestration.owner
+    if owner.run_id == context.run_id:
+        return True
+    # This run takes its place, so no other one is wanted.
+    report_dead(context.instance, orchestration, retry=False)
     run = context.instance.get_run_by_id(owner.run_id)
-    return run is not None and run.status in FINISHED
+    return run is not None and run.is_finished
 
 
 async def _adapted(work: Coroutine[Any, Any, T]) -> T:
@@ -155,4 +185,8 @@ async def _adapted(work: Coroutine[Any, Any, T]) -> T:
         raise DagsterExecutionInterruptedError from None
     except PipelineError as error:
         metadata = {ERROR_TYPE: type(error).__name__}
-        raise dg.Failure(str(error), metadata=metadata, allow_retries=False) from error
+        text = str(error)
+        cleaned = Redactor.from_environ(os.environ).text(text)
+        # The chain of causes would show what was taken out here.
+        cause = error if cleaned == text else None
+        raise dg.Failure(cleaned, metadata=metadata, allow_retries=False) from cause

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox_pipeline.config import DEMO_REPO
-from sandbox_pipeline.records import Outcome
+from sandbox_pipeline.records import Outcome, Verdict
 
 TEMPLATE = Path(__file__).parent / "repository"
 PROMPT = "Make the failing test in test_slugs.py pass without changing the tests."
@@ -19,11 +19,15 @@ EXPECTED: dict[int, tuple[Outcome, int]] = {
     2: (Outcome.FAILED, 128 + 6),
 }
 """Outcome and exit code of each fork."""
+VERDICTS = {0: Verdict.VERIFIED, 1: Verdict.REJECTED, 2: Verdict.REJECTED}
+"""What the tests say of each fork's patch."""
 
 CONFIG: dict[str, Any] = {
     "repo_url": DEMO_REPO,
     "prompt": PROMPT,
     "num_forks": len(EXPECTED),
+    "verify_command": "python3 -B -m unittest --quiet",
+    "verify_protect": ["test_*.py"],
     "agent": {"kind": "command", "command": "python3 agent.py {prompt_file} {fork_num}"},
 }
 """What the launchpad is prefilled with."""

@@ -1,0 +1,301 @@
+"""Forks in order of how good their patches are, with the reason for each place in words.
+
+Pure functions: the same forks give the same order. What is known of a patch decides first
+(`Tier`); among equals the weighted measures do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from sandbox_pipeline.config import RankingConfig
+from sandbox_pipeline.records import Fork, Outcome, Verdict
+
+MAX_REASON_CHARS = 500
+
+
+class Tier(IntEnum):
+    """What is known of a patch; the lower the better, and no measure makes up for it."""
+
+    VERIFIED = 0
+    UNVERIFIED = 1
+    """The agent succeeded, and nothing was shown for or against its patch."""
+    DOUBTFUL = 2
+    """The verification itself failed, or the agent did not succeed and nobody checked."""
+    REJECTED = 3
+    NOTHING = 4
+    """There is no patch."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What the order depends on.
+
+    Attributes:
+        digest: equal for equal changes, see `digest_of`; None without a patch.
+        lines: added and removed; None without a patch.
+        judged: the judge's score, 0 to 1; None without a judge.
+    """
+
+    fork_num: int
+    outcome: Outcome
+    message: str
+    verdict: Verdict
+    verify_reason: str
+    digest: str | None
+    lines: int | None
+    tests_passed: int | None
+    cost_usd: float | None
+    seconds: float | None
+    judged: float | None = None
+
+    @property
+    def tier(self) -> Tier:
+        """What is known of its patch."""
+        if self.digest is None:
+            return Tier.NOTHING
+        if self.verdict is Verdict.VERIFIED:
+            return Tier.VERIFIED
+        if self.verdict is Verdict.REJECTED:
+            return Tier.REJECTED
+        if self.verdict is Verdict.ERROR or self.outcome is not Outcome.SUCCESS:
+            return Tier.DOUBTFUL
+        return Tier.UNVERIFIED
+
+
+@dataclass(frozen=True)
+class Place:
+    """One fork's place.
+
+    Attributes:
+        place: from 1; the same for the same change.
+        score: weighted measures, 0 to 1, comparable within a tier only.
+        same_as: the fork that stands for this change, where it is another one.
+    """
+
+    place: int
+    candidate: Candidate
+    score: float
+    reason: str
+    same_as: int | None = None
+
+    @property
+    def fork_num(self) -> int:
+        """Which fork."""
+        return self.candidate.fork_num
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The order, and what follows from it.
+
+    Attributes:
+        winner: None where no patch can be recommended.
+        headline: who won and why, or why nobody did.
+    """
+
+    places: tuple[Place, ...]
+    winner: Place | None
+    headline: str
+
+
+@dataclass(frozen=True)
+class _Measure:
+    name: str
+    weight: float
+    values: Mapping[int, float | None]
+    smaller_is_better: bool
+    worse: str
+    better: str
+    unit: str
+
+    def score(self, fork_num: int) -> float:
+        """0 to 1: the best known value has 1, an unknown one 0."""
+        value = self.values[fork_num]
+        if value is None:
+            return 0.0
+        known = [item for item in self.values.values() if item is not None]
+        if self.smaller_is_better:
+            best = min(known)
+            return 1.0 if value <= best else (best + 1e-9) / (value + 1e-9)
+        best = max(known)
+        return 1.0 if best == 0 else value / best
+
+    def said(self, fork_num: int, other: int, *, ahead: bool) -> str:
+        """Such as `larger change (24 lines against 6)`."""
+        pair = f"{self._text(fork_num)} against {self._text(other)}"
+        return f"{self.better if ahead else self.worse} ({pair})"
+
+    def _text(self, fork_num: int) -> str:
+        value = self.values[fork_num]
+        if value is None:
+            return "unknown"
+        if self.unit == "$":
+            return f"${value:.4f}"
+        number = f"{value:.0f}" if value == int(value) else f"{value:.2f}"
+        return f"{number} {self.unit}".rstrip()
+
+
+def candidate_of(fork: Fork, digest: str | None, judged: float | None = None) -> Candidate:
+    """What the order depends on, of a stored fork."""
+    found, patch = fork.verification, fork.patch
+    return Candidate(
+        fork_num=fork.fork_num,
+        outcome=fork.outcome,
+        message=fork.message,
+        verdict=found.outcome if found else Verdict.UNVERIFIED,
+        verify_reason=found.reason if found else "",
+        digest=digest,
+        lines=patch.insertions + patch.deletions if patch and digest else None,
+        tests_passed=found.tests_passed if found else None,
+        cost_usd=fork.result.usage.cost_usd if fork.result else None,
+        seconds=fork.timings.agent_seconds,
+        judged=judged,
+    )
+
+
+def digest_of(patch: bytes) -> str | None:
+    """A name of the change itself; None for an empty patch.
+
+    Blob ids, line numbers, trailing blanks and the order of files don't count.
+    """
+    if not patch.strip():
+        return None
+    sections: list[list[bytes]] = []
+    for raw in patch.splitlines():
+        if raw.startswith(b"diff --git ") or not sections:
+            sections.append([])
+        if raw.startswith(b"index "):
+            continue
+        sections[-1].append(b"@@" if raw.startswith(b"@@ ") else raw.rstrip())
+    joined = b"\0".join(sorted(b"\n".join(lines) for lines in sections))
+    return hashlib.sha256(joined).hexdigest()
+
+
+def rank(candidates: Sequence[Candidate], weights: RankingConfig, *, verifying: bool) -> Ranking:
+    """Put the forks in order.
+
+    Args:
+        candidates: one a fork.
+        weights: of the measures.
+        verifying: there was a `verify_command`; only a verified patch can win then.
+    """
+    measures = _measures(candidates, weights)
+    total = sum(measure.weight for measure in measures) or 1.0
+    scores = {
+        item.fork_num: sum(measure.weight * measure.score(item.fork_num) for measure in measures)
+        / total
+        for item in candidates
+    }
+    groups: dict[str, list[Candidate]] = {}
+    for item in sorted(candidates, key=lambda it: (it.tier, -scores[it.fork_num], it.fork_num)):
+        key = f"{item.tier}:{item.digest}" if item.digest else f"alone:{item.fork_num}"
+        groups.setdefault(key, []).append(item)
+    ordered = list(groups.values())
+    places: list[Place] = []
+    for number, group in enumerate(ordered, start=1):
+        first = group[0]
+        above = ordered[number - 2][0] if number > 1 else None
+        below = ordered[number][0] if number < len(ordered) else None
+        reason = _reason(first, above, below, measures)
+        places.append(Place(number, first, scores[first.fork_num], reason))
+        for twin in group[1:]:
+            reason = _short(f"the same change as fork {first.fork_num}; {_standing(twin)}")
+            score = scores[twin.fork_num]
+            places.append(Place(number, twin, score, reason, same_as=first.fork_num))
+    best = places[0] if places else None
+    allowed = (Tier.VERIFIED,) if verifying else (Tier.VERIFIED, Tier.UNVERIFIED)
+    winner = best if best is not None and best.candidate.tier in allowed else None
+    return Ranking(tuple(places), winner, _headline(winner, candidates, verifying=verifying))
+
+
+def _measures(candidates: Sequence[Candidate], weights: RankingConfig) -> list[_Measure]:
+    def values(name: str) -> dict[int, float | None]:
+        return {item.fork_num: getattr(item, name) for item in candidates}
+
+    listed = [
+        _Measure("tests", weights.tests, values("tests_passed"), False, "fewer tests passed",
+                 "more tests passed", ""),
+        _Measure("judge", weights.judge, values("judged"), False, "judged worse",
+                 "judged better", "of 1"),
+        _Measure("size", weights.size, values("lines"), True, "larger change",
+                 "smaller change", "lines"),
+        _Measure("cost", weights.cost, values("cost_usd"), True, "higher cost", "lower cost", "$"),
+        _Measure("time", weights.time, values("seconds"), True, "slower", "faster", "s"),
+    ]  # fmt: skip
+    # What is known of nobody tells nobody apart.
+    return [
+        measure
+        for measure in listed
+        if measure.weight > 0 and any(value is not None for value in measure.values.values())
+    ]
+
+
+def _reason(
+    item: Candidate,
+    above: Candidate | None,
+    below: Candidate | None,
+    measures: Sequence[_Measure],
+) -> str:
+    parts = [_standing(item)]
+    if above is not None and above.tier is item.tier and item.tier is not Tier.NOTHING:
+        parts.append(_compared(item, above, measures, ahead=False))
+    elif above is None and below is not None and below.tier is item.tier < Tier.REJECTED:
+        parts.append(_compared(item, below, measures, ahead=True))
+    return _short("; ".join(parts))
+
+
+def _standing(item: Candidate) -> str:
+    """What is known of this patch, in words."""
+    how = "" if item.outcome is Outcome.SUCCESS else f"; the agent ended as {item.outcome.value}"
+    if how and item.message:
+        how += f" ({item.message})"
+    if item.tier is Tier.NOTHING:
+        if item.outcome is Outcome.SUCCESS:
+            return "no patch: the agent changed nothing"
+        return f"no patch{how}"
+    if item.verdict is Verdict.UNVERIFIED:
+        why = f": {item.verify_reason}" if item.verify_reason else ""
+        return f"not verified{why}{how}"
+    words = {
+        Verdict.VERIFIED: "verified",
+        Verdict.REJECTED: "rejected",
+        Verdict.ERROR: "the verification failed",
+    }
+    return f"{words[item.verdict]}: {item.verify_reason}{how}"
+
+
+def _compared(
+    item: Candidate, other: Candidate, measures: Sequence[_Measure], *, ahead: bool
+) -> str:
+    """The measure that weighs most in the order of these two."""
+    sign = 1 if ahead else -1
+
+    def lead(measure: _Measure) -> float:
+        mine, theirs = measure.score(item.fork_num), measure.score(other.fork_num)
+        return sign * measure.weight * (mine - theirs)
+
+    place = "ahead of" if ahead else "behind"
+    most = max(measures, key=lead, default=None)
+    if most is None or lead(most) <= 0:
+        return f"{place} fork {other.fork_num} by its number only"
+    said = most.said(item.fork_num, other.fork_num, ahead=ahead)
+    return f"{place} fork {other.fork_num}: {said}"
+
+
+def _headline(winner: Place | None, candidates: Sequence[Candidate], *, verifying: bool) -> str:
+    if winner is not None:
+        return f"fork {winner.fork_num} wins: {winner.reason}"
+    if not any(item.digest for item in candidates):
+        return "no winner: no fork left a patch"
+    if verifying:
+        return "no winner: no patch was verified"
+    return "no winner: no fork with a patch succeeded"
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_REASON_CHARS else f"{text[: MAX_REASON_CHARS - 1]}…"
