@@ -397,6 +397,12 @@ class OrchestrationConfig(_Section):
     verify_network: Literal["none", "full"] = Field(
         default="none", description="What the verification's sandbox may reach."
     )
+    stop_after_verified: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="Once so many forks are verified the rest are cancelled; empty: never.",
+    )
     ranking: RankingConfig = Field(default_factory=RankingConfig)
     agent: AgentConfig
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
@@ -466,6 +472,13 @@ class OrchestrationConfig(_Section):
             msg = "must not contain a NUL byte"
             raise ValueError(msg)
         return value
+
+    @model_validator(mode="after")
+    def _something_verifies(self) -> Self:
+        if self.stop_after_verified is not None and self.verify_command is None:
+            msg = "stop_after_verified: needs verify_command, without which no fork is verified"
+            raise ValueError(msg)
+        return self
 
 
 def parse_config(data: object, *, source: str = "configuration") -> OrchestrationConfig:

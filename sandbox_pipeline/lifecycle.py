@@ -170,13 +170,9 @@ class ForkLife:
         try:
             if not verification.is_wanted(orchestration, fork):
                 return
-            found = await verification.verify(
-                self._runtime,
-                orchestration,
-                fork,
-                self._run_id,
-                artifacts_of(orchestration, fork),
-            )
+            found = await self._verified(orchestration, fork)
+        except StoppedError as stopped:
+            found = Verification(outcome=Verdict.UNVERIFIED, reason=stopped.stop.message)
         except (ProviderError, AgentError, OSError) as error:
             text = _short(self._runtime.redactor(orchestration).text(str(error)))
             found = Verification(outcome=Verdict.ERROR, reason=text)
@@ -190,6 +186,14 @@ class ForkLife:
             "seconds": found.seconds and round(found.seconds, 3),
         }
         await self._change(lambda it: it.evolve(verification=found), "patch-verified", payload)
+
+    async def _verified(self, orchestration: Orchestration, fork: Fork) -> Verification | None:
+        stop = await self._cancels()
+        if stop is not None:
+            raise StoppedError(stop)
+        folder = artifacts_of(orchestration, fork)
+        work = verification.verify(self._runtime, orchestration, fork, self._run_id, folder)
+        return await obeying(work, self._cancels)
 
     async def show_progress(self, text: str, cost_usd: float | None) -> None:
         """Put a short line into the fork's record, for those who watch."""
@@ -234,6 +238,11 @@ class ForkLife:
 
     async def _obeying(self, work: Awaitable[T]) -> T:
         return await obeying(work, self._orders)
+
+    async def _cancels(self) -> Stop | None:
+        """Orders that a verification obeys: it costs nothing of a budget."""
+        stop = await self._orders()
+        return stop if stop is not None and stop.outcome is Outcome.CANCELLED else None
 
     async def _orders(self) -> Stop | None:
         return await self._runtime.orders.of(self._ref, self._run_id)

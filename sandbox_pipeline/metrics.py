@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from sandbox_pipeline.budgets import spent_usd
-from sandbox_pipeline.records import Fork, Orchestration, Outcome, Verdict
+from sandbox_pipeline.records import Control, Fork, Orchestration, Outcome, Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,6 +107,45 @@ def verdict_of(fork: Fork) -> Verdict:
     return fork.verification.outcome if fork.verification else Verdict.UNVERIFIED
 
 
+@dataclass(frozen=True)
+class Saving:
+    """What `stop_after_verified` saved, estimated by the means of the forks that went on.
+
+    Attributes:
+        forks: that were cancelled.
+        agent_seconds, cost_usd: None where no fork that went on has a figure.
+    """
+
+    forks: int
+    agent_seconds: float | None
+    cost_usd: float | None
+
+
+def saving_of(orchestration: Orchestration, forks: Sequence[Fork]) -> Saving:
+    """What was saved; nothing where the orchestration was not stopped early."""
+    needed = orchestration.config.stop_after_verified
+    verified = sum(verdict_of(fork) is Verdict.VERIFIED for fork in forks)
+    if needed is None or verified < needed:
+        return Saving(0, None, None)
+    stopped = [
+        fork for fork in forks if fork.outcome is Outcome.CANCELLED and fork.control is Control.RUN
+    ]
+    others = [fork for fork in forks if fork.outcome is not Outcome.CANCELLED]
+
+    def saved(value: Callable[[Fork], float | None]) -> float | None:
+        known = [figure for fork in others if (figure := value(fork)) is not None]
+        if not known or not stopped:
+            return None
+        mean = sum(known) / len(known)
+        return sum(max(0.0, mean - (value(fork) or 0.0)) for fork in stopped)
+
+    return Saving(
+        len(stopped),
+        saved(lambda fork: fork.timings.agent_seconds),
+        saved(lambda fork: fork.result.usage.cost_usd if fork.result else None),
+    )
+
+
 def _verification(fork: Fork) -> Row:
     found = fork.verification
     return {
@@ -128,6 +168,7 @@ def summary_row(orchestration: Orchestration, forks: Sequence[Fork]) -> Row:
     durations = sorted(fork.total_seconds for fork in forks if fork.total_seconds is not None)
     alive = sum(fork.timings.sandbox_seconds or 0.0 for fork in forks)
     working = sum(fork.timings.agent_seconds or 0.0 for fork in forks)
+    saving = saving_of(orchestration, forks)
     verdicts = [verdict_of(fork) for fork in forks]
     done = orchestration.completed_at
     config = orchestration.config
@@ -149,6 +190,9 @@ def summary_row(orchestration: Orchestration, forks: Sequence[Fork]) -> Row:
         "success_rate": count[Outcome.SUCCESS] / config.num_forks,
         "verified": verdicts.count(Verdict.VERIFIED),
         "rejected": verdicts.count(Verdict.REJECTED),
+        "stopped_early": saving.forks,
+        "saved_agent_seconds": saving.agent_seconds,
+        "saved_usd": saving.cost_usd,
         "cost_usd": sum(costs) if costs else None,
         "forks_without_cost": len(forks) - len(costs),
         "total_seconds_p50": quantile(durations, 0.5),

@@ -382,7 +382,7 @@ def _run_error(orchestration: Orchestration, summary: metrics.Row, lost: int) ->
     if lost:
         return f"{lost} of {summary['num_forks']} forks got lost: Dagster never ran their ops"
     least = orchestration.config.fail_run_below_success_rate
-    if least is not None and summary["success_rate"] < least:
+    if least is not None and not summary["stopped_early"] and summary["success_rate"] < least:
         return (
             f"success rate {summary['success_rate']:.0%} is below "
             f"fail_run_below_success_rate ({least:.0%})"

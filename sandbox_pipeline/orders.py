@@ -23,6 +23,7 @@ from sandbox_pipeline.records import (
     Orchestration,
     Outcome,
     Usage,
+    Verdict,
     orchestration_key,
 )
 from sandbox_pipeline.store import Store
@@ -91,8 +92,14 @@ class Orders:
 def why_stop(orchestration: Orchestration, forks: Sequence[Fork], fork_num: int) -> Stop | None:
     """What the records say; costs are those that the agents reported last."""
     fork = forks[fork_num]
-    if fork.control is Control.CANCEL:
+    if Control.CANCEL in (fork.control, orchestration.control):
         return Stop(Outcome.CANCELLED, "cancelled by command")
+    enough = orchestration.config.stop_after_verified
+    if enough is not None and not _is_verified(fork):
+        verified = sum(_is_verified(each) for each in forks)
+        if verified >= enough:
+            message = f"no longer needed: {verified} verified (stop_after_verified: {enough})"
+            return Stop(Outcome.CANCELLED, message)
     budget = orchestration.config.budget_usd
     if budget is not None and sum(spent_usd(each) or 0.0 for each in forks) >= budget:
         message = f"the orchestration used up budget_usd ({budget:g} US dollars)"
@@ -102,6 +109,10 @@ def why_stop(orchestration: Orchestration, forks: Sequence[Fork], fork_num: int)
         message = f"the fork used up its budget of {limit:g} US dollars"
         return Stop(Outcome.BUDGET_EXCEEDED, message)
     return None
+
+
+def _is_verified(fork: Fork) -> bool:
+    return fork.verification is not None and fork.verification.outcome is Verdict.VERIFIED
 
 
 async def obeying(work: Awaitable[T], order: GetOrder) -> T:

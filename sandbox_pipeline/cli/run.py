@@ -13,6 +13,7 @@ import yaml
 from sandbox_pipeline.cli import exit_codes
 from sandbox_pipeline.config import SCHEDULE_FIELDS, OrchestrationConfig, parse_config, read_yaml
 from sandbox_pipeline.errors import ConfigError
+from sandbox_pipeline.records import Outcome
 
 
 @click.command("run")
@@ -114,6 +115,7 @@ def run_and_report(config: OrchestrationConfig, *, as_json: bool) -> int:
     """Run, print what came of it, and give the exit code."""
     from sandbox_pipeline.cli.executing import execute
     from sandbox_pipeline.cli.show import print_result, result_document
+    from sandbox_pipeline.metrics import saving_of
 
     done = execute(config, quiet=as_json)
     if done.orchestration is None or done.bad_configuration:
@@ -129,7 +131,14 @@ def run_and_report(config: OrchestrationConfig, *, as_json: bool) -> int:
     if done.error is not None:
         click.echo(f"error: {done.error}", err=True)
         return exit_codes.RUN_FAILED
-    return exit_codes.of_outcomes([fork.outcome for fork in done.forks])
+    stopped_early = saving_of(done.orchestration, done.forks).forks > 0
+    return exit_codes.of_outcomes(
+        [
+            fork.outcome
+            for fork in done.forks
+            if not (stopped_early and fork.outcome is Outcome.CANCELLED)
+        ]
+    )
 
 
 def _read_prompt(path: Path) -> str:

@@ -94,6 +94,7 @@ def print_result(
 
 
 def _print_ranking(console: Console, orchestration: Orchestration, forks: Sequence[Fork]) -> None:
+    from sandbox_pipeline.metrics import saving_of
     from sandbox_pipeline.results import ranking_of
 
     ranked = ranking_of(orchestration, forks)
@@ -101,6 +102,12 @@ def _print_ranking(console: Console, orchestration: Orchestration, forks: Sequen
     for place in ranked.places:
         line = f"{place.place:>4}. fork {place.fork_num}: {place.reason}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    saving = saving_of(orchestration, forks)
+    if saving.forks:
+        spared = [] if saving.agent_seconds is None else [duration(saving.agent_seconds)]
+        spared += [] if saving.cost_usd is None else [f"${saving.cost_usd:.2f}"]
+        about = f", which saved about {' and '.join(spared)} of agents" if spared else ""
+        console.print(f"{saving.forks} forks were stopped early{about}", highlight=False)
     style = "bold green" if ranked.winner else "bold yellow"
     console.print(
         ranked.headline[0].upper() + ranked.headline[1:],
