@@ -7,13 +7,13 @@ import subprocess
 import sys
 
 from sandbox_pipeline import plugins, preparation
-from sandbox_pipeline.agents.base import Agent
+from sandbox_pipeline.agents.base import Agent, SelfCheckingAgent
 from sandbox_pipeline.checks import Check
 from sandbox_pipeline.config import OrchestrationConfig
 from sandbox_pipeline.errors import ConfigError, PipelineError
 from sandbox_pipeline.redaction import SECRET_VARIABLES
 from sandbox_pipeline.runtime import Runtime
-from sandbox_pipeline.sandboxes.base import SelfChecking
+from sandbox_pipeline.sandboxes.base import Planned, SelfChecking
 from sandbox_pipeline.workspace.mirror import read_branches
 
 
@@ -25,10 +25,10 @@ async def diagnose(runtime: Runtime, config: OrchestrationConfig) -> list[Check]
         _store(runtime),
         _instance(runtime),
         *_keys(runtime),
-        *_agent(runtime, config),
+        *await _agent(runtime, config),
         *await _provider(runtime, config),
         await _repository(runtime, config),
-        _plan(config),
+        *_plan(runtime, config),
     ]
 
 
@@ -73,15 +73,25 @@ def _keys(runtime: Runtime) -> list[Check]:
     return checks
 
 
-def _agent(runtime: Runtime, config: OrchestrationConfig) -> list[Check]:
+async def _agent(runtime: Runtime, config: OrchestrationConfig) -> list[Check]:
     name = f"agent {config.agent.kind}"
     try:
         agent: Agent = runtime.agent(config.agent.kind)
-        provider = plugins.resolve_provider(config, runtime.environ)
+    except ConfigError as error:
+        return [Check(name, "failed", str(error), "change agent.kind")]
+    provider = plugins.resolve_provider(config, runtime.environ)
+    checks: list[Check] = []
+    if isinstance(agent, SelfCheckingAgent):
+        checks += await agent.diagnose(
+            config.agent, config.model, runtime.environ, provider=provider
+        )
+    try:
         agent.validate(config.agent, runtime.environ, provider=provider)
     except ConfigError as error:
-        return [Check(name, "failed", str(error), "change the configuration or the environment")]
-    return [Check(name, "ok", f"needs network '{agent.network}'")]
+        told = any(check.finding == str(error) for check in checks)
+        remedy = "change the configuration or the environment"
+        return checks if told else [Check(name, "failed", str(error), remedy), *checks]
+    return [Check(name, "ok", f"needs network '{agent.network}'"), *checks]
 
 
 async def _provider(runtime: Runtime, config: OrchestrationConfig) -> list[Check]:
@@ -108,13 +118,36 @@ async def _repository(runtime: Runtime, config: OrchestrationConfig) -> Check:
     return Check("repository", "ok", f"{config.repo_url}, branch {branches}")
 
 
-def _plan(config: OrchestrationConfig) -> Check:
+def _plan(runtime: Runtime, config: OrchestrationConfig) -> list[Check]:
     limit = config.rate_limit
     seconds = config.num_forks / limit.starts * limit.window_ms / 1000
     at_once = min(config.num_forks, config.max_concurrent)
-    return Check(
-        "plan",
-        "ok",
-        f"{config.num_forks} forks, at most {at_once} sandboxes at once; the rate limit alone "
-        f"spreads their starts over at least {seconds:.0f} s",
-    )
+    checks = [
+        Check(
+            "plan",
+            "ok",
+            f"{config.num_forks} forks, at most {at_once} sandboxes at once; the rate limit alone "
+            f"spreads their starts over at least {seconds:.0f} s",
+        )
+    ]
+    try:
+        provider = runtime.provider(plugins.resolve_provider(config, runtime.environ))
+    except ConfigError:
+        return checks
+    if not isinstance(provider, Planned):
+        return checks
+    plan = provider.smallest_plan
+    too_much: list[tuple[str, str]] = []
+    if at_once > plan.concurrent:
+        too_much.append((f"{plan.concurrent} sandboxes at once", "lower max_concurrent"))
+    if limit.starts / limit.window_ms * 1000 > plan.creates_per_second and config.num_forks > 1:
+        starts = f"{plan.creates_per_second:g} start a second"
+        too_much.append((starts, "set rate_limit.starts: 1 with window_ms: 1000"))
+    longest = max(config.agent.timeout_seconds, config.setup_timeout_seconds)
+    if longest > plan.life_seconds:
+        life = f"a sandbox's life of {plan.life_seconds / 3600:g} h"
+        too_much.append((life, "lower agent.timeout_seconds and setup_timeout_seconds"))
+    return checks + [
+        Check("plan", "warning", f"more than {plan.name} allows: {what}", f"{remedy}, or upgrade")
+        for what, remedy in too_much
+    ]

@@ -44,7 +44,8 @@ def say(text):
     answer = json.load(urllib.request.urlopen(request))
     messages.append({"role": "assistant", "content": answer["content"]})
     usage = answer["usage"]
-    cache = {"read": usage["cache_read_input_tokens"], "write": usage["cache_creation_input_tokens"]}
+    kinds = {"read": "cache_read_input_tokens", "write": "cache_creation_input_tokens"}
+    cache = {name: usage[kind] for name, kind in kinds.items()}
     tokens = {"input": usage["input_tokens"], "output": usage["output_tokens"], "cache": cache}
     print(json.dumps({"type": "step_finish", "part": {"tokens": tokens}}), flush=True)
     return answer

@@ -1,4 +1,4 @@
-"""Whole runs on both kinds of sandboxes, counted by what the provider and the machine really did."""
+"""Whole runs on both kinds of sandboxes, counted by what provider and machine really did."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,7 @@ class Observed:
 
 
 @asynccontextmanager
-async def observing(home: Path) -> AsyncIterator[Observed]:
+async def observing(home: Path) -> AsyncGenerator[Observed]:
     observed = Observed()
 
     async def watch() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,10 +19,12 @@ from sandbox_pipeline.agents.claude_stream import bounded_input
 from sandbox_pipeline.agents.conversation import Conversation, kept_block
 from sandbox_pipeline.agents.key_proxy import Credential, base_url, find_credential
 from sandbox_pipeline.agents.metering import Meter
+from sandbox_pipeline.agents.model_checks import check_model_api
 from sandbox_pipeline.agents.models import prices_from_environ, resolve_model
 from sandbox_pipeline.agents.sandbox_tools import TOOLS, SandboxTools, ToolAnswer
 from sandbox_pipeline.agents.transcript import TranscriptWriter
 from sandbox_pipeline.agents.usage import MessageUsage, as_list, as_mapping
+from sandbox_pipeline.checks import Check
 from sandbox_pipeline.config import AgentConfig
 from sandbox_pipeline.errors import AgentError, ConfigError, FailureClass
 from sandbox_pipeline.records import AgentResult, Outcome
@@ -68,6 +70,12 @@ class AnthropicAgent:
     def mounts(self, config: AgentConfig, environ: Mapping[str, str]) -> Mapping[str, str]:
         """See `Agent.mounts`."""
         return {}
+
+    async def diagnose(
+        self, config: AgentConfig, model: str, environ: Mapping[str, str], *, provider: str
+    ) -> Sequence[Check]:
+        """See `SelfCheckingAgent`."""
+        return await check_model_api(environ, model, variables=SDK_VARIABLES)
 
     async def run(self, sandbox: Sandbox, task: Task, reporter: Reporter) -> AgentResult:
         """See `Agent.run`."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from sandbox_pipeline.checks import Check
 from sandbox_pipeline.config import AgentConfig
 from sandbox_pipeline.records import AgentResult
 from sandbox_pipeline.redaction import Redactor
@@ -115,4 +116,15 @@ class UsesModelApi(Protocol):
         Raises:
             ConfigError: the environment has no key.
         """
+        ...
+
+
+@runtime_checkable
+class SelfCheckingAgent(Protocol):
+    """An agent that can say whether it would work here; optional."""
+
+    async def diagnose(
+        self, config: AgentConfig, model: str, environ: Mapping[str, str], *, provider: str
+    ) -> Sequence[Check]:
+        """What `doctor` shows of it; never raises for what it finds."""
         ...

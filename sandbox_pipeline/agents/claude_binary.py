@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from sandbox_pipeline.checks import Check
 from sandbox_pipeline.config import AgentConfig
 from sandbox_pipeline.errors import ConfigError
 
@@ -35,6 +36,16 @@ def find_claude(config: AgentConfig, environ: Mapping[str, str]) -> Path:
         msg = f"{binary}: Claude Code {found} is too old, {needed} or newer is needed: {remedy}"
         raise ConfigError(msg)
     return binary
+
+
+def check_claude(config: AgentConfig, environ: Mapping[str, str]) -> Check:
+    """What `doctor` says of it."""
+    try:
+        binary = find_claude(config, environ)
+        version = ".".join(map(str, _version(binary, binary.stat().st_mtime_ns)))
+    except ConfigError as error:
+        return Check("Claude Code", "failed", str(error), HOW_TO_INSTALL)
+    return Check("Claude Code", "ok", f"{version} at {binary}")
 
 
 def _named(config: AgentConfig, environ: Mapping[str, str]) -> Path:

@@ -8,16 +8,17 @@ own commands could read it: use a key with a spending limit there.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import deque
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from sandbox_pipeline.agents.base import EXCHANGE_DIR, ModelApi, Reporter, Task
-from sandbox_pipeline.agents.claude_binary import find_claude
+from sandbox_pipeline.agents.claude_binary import check_claude, find_claude
 from sandbox_pipeline.agents.claude_stream import (
     MAX_STREAM_LINE_BYTES,
     ClaudeStream,
@@ -33,9 +34,11 @@ from sandbox_pipeline.agents.key_proxy import (
     find_credential,
 )
 from sandbox_pipeline.agents.metering import Meter
+from sandbox_pipeline.agents.model_checks import check_model_api
 from sandbox_pipeline.agents.models import prices_from_environ
 from sandbox_pipeline.agents.output import OutputLog
 from sandbox_pipeline.agents.transcript import TranscriptWriter
+from sandbox_pipeline.checks import Check
 from sandbox_pipeline.config import AgentConfig
 from sandbox_pipeline.errors import AgentError, ConfigError, FailureClass
 from sandbox_pipeline.records import AgentResult, Outcome, Usage
@@ -86,6 +89,14 @@ class ClaudeCodeAgent:
         host = urlsplit(base_url(environ)).hostname or MODEL_HOST
         name, value = find_credential(environ).header
         return ModelApi(host, {name: value})
+
+    async def diagnose(
+        self, config: AgentConfig, model: str, environ: Mapping[str, str], *, provider: str
+    ) -> Sequence[Check]:
+        """See `SelfCheckingAgent`."""
+        local = provider == "local"
+        checks = [await asyncio.to_thread(check_claude, config, environ)] if local else []
+        return [*checks, *await check_model_api(environ, model, asked_from_here=local)]
 
     async def run(self, sandbox: Sandbox, task: Task, reporter: Reporter) -> AgentResult:
         """See `Agent.run`."""

@@ -231,3 +231,28 @@ class SelfChecking(Protocol):
     async def diagnose(self, config: SandboxConfig) -> Sequence[Check]:
         """What `doctor` shows of it; never raises for what it finds."""
         ...
+
+
+@dataclass(frozen=True)
+class PlanLimits:
+    """What an account may do.
+
+    Attributes:
+        name: of the plan, for people.
+        life_seconds: longest life of a sandbox.
+    """
+
+    name: str
+    concurrent: int
+    creates_per_second: float
+    life_seconds: float
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """A provider whose smallest plan `doctor` compares a configuration with; optional."""
+
+    @property
+    def smallest_plan(self) -> PlanLimits:
+        """Which plan an account has, its API doesn't tell."""
+        ...

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sandbox_pipeline.checks import Check
+from sandbox_pipeline.config import SandboxConfig
 from sandbox_pipeline.errors import ConfigError, ErrorKind, ProviderError
 from sandbox_pipeline.redaction import Redactor
 from sandbox_pipeline.sandboxes.base import (
@@ -16,11 +18,12 @@ from sandbox_pipeline.sandboxes.base import (
     STATE_DIR,
     WORKSPACE,
     Command,
+    PlanLimits,
     Sandbox,
     SandboxInfo,
     SandboxSpec,
 )
-from sandbox_pipeline.sandboxes.e2b_client import E2BClient
+from sandbox_pipeline.sandboxes.e2b_client import KEY_HELP, E2BClient
 from sandbox_pipeline.sandboxes.e2b_errors import MAX_MESSAGE_CHARS, Call
 from sandbox_pipeline.sandboxes.e2b_prices import SandboxPrices, prices_from_environ
 from sandbox_pipeline.sandboxes.e2b_sandbox import E2BSandbox
@@ -233,6 +236,24 @@ class E2BProvider:
         info = await self._client.info(sandbox_id, "look at a sandbox's network")
         rules: Mapping[str, Any] = (info.network or {}).get("rules") or {}
         return host in rules
+
+    @property
+    def smallest_plan(self) -> PlanLimits:
+        """E2B's free one, see https://e2b.dev/pricing."""
+        return PlanLimits("E2B's free plan", concurrent=20, creates_per_second=1, life_seconds=3600)
+
+    async def diagnose(self, config: SandboxConfig) -> Sequence[Check]:
+        """See `SelfChecking`."""
+        checks: list[Check] = []
+        for finding in await self.check(config.template):
+            if finding.ok:
+                checks.append(Check(finding.name, "ok", finding.message))
+            elif finding.name == "E2B_API_KEY":
+                checks.append(Check(finding.name, "failed", finding.message, KEY_HELP))
+            else:
+                remedy = "change sandbox.template, or build it: https://e2b.dev/docs/template"
+                checks.append(Check(finding.name, "warning", finding.message, remedy))
+        return checks
 
     async def close(self) -> None:
         """Nothing: the SDK's connections belong to the process."""

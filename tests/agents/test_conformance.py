@@ -96,8 +96,11 @@ class TestFake(AgentConformance):
                 return AgentResult(outcome=Outcome.TIMEOUT, message="timeout_seconds is over")
             text = "".join(said)
             if fails:
-                failed = {"failure_class": FailureClass.AGENT_FAILED, "message": "as told"}
-                return AgentResult(outcome=Outcome.FAILED, **failed)
+                return AgentResult(
+                    outcome=Outcome.FAILED,
+                    failure_class=FailureClass.AGENT_FAILED,
+                    message="as told",
+                )
             return AgentResult(outcome=Outcome.SUCCESS, exit_code=0, message=text)
 
         agent = FakeAgent(work)
