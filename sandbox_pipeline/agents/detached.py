@@ -7,13 +7,13 @@ restarted orchestrator and a three-hour agent are then the same case: look at th
 from __future__ import annotations
 
 import asyncio
-import shlex
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sandbox_pipeline.errors import AgentError, FailureClass
-from sandbox_pipeline.sandboxes.base import STATE_DIR, WORKSPACE, Command, Sandbox
+from sandbox_pipeline.sandboxes.base import HOME, STATE_DIR, WORKSPACE, Command, Sandbox
 
 STREAMS = ("stdout", "stderr")
 KILL_AFTER_SECONDS = 5
@@ -68,6 +68,7 @@ class Finished:
 # so that the command never blocks on a full pipe. Children that outlive the command may hold the
 # pipes open, so the wait for the copies is bounded.
 _SCRIPT = """\
+home=$1
 cd {folder} || exit 1
 mkdir started 2>/dev/null || exit 0
 echo $$ > pid
@@ -102,6 +103,9 @@ for stat in /proc/[0-9]*/stat; do
 done 2> /dev/null
 exit 1
 """
+
+
+_HOME_MENTIONED = re.compile(rf"(?<![\w./-]){re.escape(HOME)}(?![\w.-])")
 
 
 def folder_of(name: str) -> str:
@@ -149,6 +153,15 @@ async def interrupt(sandbox: Sandbox, name: str) -> bool:
     return found.exit_code == 0
 
 
+def _quoted(text: str) -> str:
+    """A word of the script; the home in it is the script's argument, since it may be elsewhere.
+
+    Without isolation the local provider translates what commands mention, but no files.
+    """
+    escaped = text.replace("'", "'\"'\"'")
+    return "'" + _HOME_MENTIONED.sub("'\"$home\"'", escaped) + "'"
+
+
 class _Silence:
     """How long nothing was heard of a job; too long only once."""
 
@@ -169,17 +182,17 @@ class _Silence:
 
 async def _start(sandbox: Sandbox, folder: str, job: Job) -> None:
     script = _SCRIPT.format(
-        folder=shlex.quote(folder),
+        folder=_quoted(folder),
         cap=job.max_output_bytes,
-        cwd=shlex.quote(job.cwd),
+        cwd=_quoted(job.cwd),
         kill_after=KILL_AFTER_SECONDS,
         seconds=job.timeout_seconds,
-        argv=shlex.join(job.argv),
-        stdin=shlex.quote(job.stdin_path),
+        argv=" ".join(map(_quoted, job.argv)),
+        stdin=_quoted(job.stdin_path),
     )
     path = f"{folder}/run.sh"
     await sandbox.write(path, script.encode("utf-8", "surrogateescape"))
-    launch = f"setsid nohup sh {shlex.quote(path)} < /dev/null > /dev/null 2>&1 &"
+    launch = f"setsid nohup sh {path} {HOME} < /dev/null > /dev/null 2>&1 &"
     # By the environment and not in the script: it may hold secrets, and files are forgotten.
     await sandbox.run(Command(["sh", "-c", launch], env=job.env))
 
