@@ -119,6 +119,7 @@ def _print_transcript(
     orchestration: Orchestration, forks: Sequence[Fork], fork_num: int, *, as_json: bool
 ) -> None:
     from sandbox_pipeline.agents.transcript import read_transcript
+    from sandbox_pipeline.cli.transcript import print_transcript
     from sandbox_pipeline.lifecycle import artifacts_of
 
     if not 0 <= fork_num < len(forks):
@@ -128,18 +129,12 @@ def _print_transcript(
     if not path.exists():
         msg = f"--fork: fork {fork_num} has no transcript ({path})"
         raise ConfigError(msg)
-    console = Console()
-    styles = {"prompt": "bold", "tool_use": "cyan", "tool_result": "dim", "result": "green"}
-    for entry in read_transcript(path):
-        if as_json:
-            click.echo(entry.model_dump_json(exclude_none=True))
-            continue
-        label = f"{entry.type} {entry.name}" if entry.name else entry.type
-        text = entry.text or (json.dumps(entry.input) if entry.input else "")
-        style = "red" if entry.is_error else styles.get(entry.type, "")
-        console.print(
-            f"{label:>14}  {text}", style=style, markup=False, highlight=False, soft_wrap=True
-        )
+    entries = read_transcript(path)
+    if not as_json:
+        print_transcript(entries, Console())
+        return
+    for entry in entries:
+        click.echo(entry.model_dump_json(exclude_none=True))
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
