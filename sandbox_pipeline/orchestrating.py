@@ -182,13 +182,13 @@ async def write_metrics(
     summary = metrics.summary_row(orchestration, forks)
     await store.write_rows(tables.fork_metrics, orchestration.workflow_id, rows)
     await store.write_rows(tables.orchestration_summary, orchestration.workflow_id, [summary])
-    stored = await store.get(Metrics, metrics_key(orchestration.workflow_id))
     plain: dict[str, Any] = {
         name: value.isoformat() if hasattr(value, "isoformat") else value
         for name, value in summary.items()
     }
-    record = stored or Metrics(workflow_id=orchestration.workflow_id, summary={})
-    await store.set(record.evolve(summary=plain))
+    await store.create_missing([Metrics(workflow_id=orchestration.workflow_id, summary={})])
+    key = metrics_key(orchestration.workflow_id)
+    await store.update(Metrics, key, lambda it: it.evolve(summary=plain))
     return rows, summary
 
 

@@ -17,6 +17,7 @@ from sandbox_pipeline.sandboxes.local import LocalProvider
 from sandbox_pipeline.settings import Settings
 from sandbox_pipeline.store import Store
 from sandbox_pipeline.testing import FakeAgent, FaultyProvider
+from tests.postgres import Postgres, running_postgres
 from tests.processes import live_sandboxes
 
 GIT_ENV = {
@@ -77,12 +78,27 @@ def agent() -> FakeAgent:
     return FakeAgent()
 
 
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server, started when first asked for."""
+    with running_postgres() as server:
+        yield server
+
+
 @pytest.fixture
-async def runtime(home: Path, provider: FaultyProvider, agent: FakeAgent) -> AsyncIterator[Runtime]:
+def db_url() -> str | None:
+    """Another store than the deployment's own SQLite; for modules that run on both."""
+    return None
+
+
+@pytest.fixture
+async def runtime(
+    home: Path, provider: FaultyProvider, agent: FakeAgent, db_url: str | None
+) -> AsyncIterator[Runtime]:
     environ = dict(os.environ)
     settings = Settings.from_environ(environ, home=home)
     made = Runtime(
-        Store.open(settings.db_url),
+        Store.open(db_url or settings.db_url),
         settings,
         environ,
         providers={"local": provider},

@@ -26,8 +26,18 @@ from sandbox_pipeline.records import (
 from sandbox_pipeline.runtime import Runtime, silent
 from sandbox_pipeline.sandboxes.base import Sandbox
 from sandbox_pipeline.testing import FakeAgent, Fault, FaultyProvider, drive, transient
+from tests.postgres import Postgres
 
 Make = Callable[..., OrchestrationConfig]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def db_url(request: pytest.FixtureRequest) -> str | None:
+    """The whole of a fork's life on both databases."""
+    if request.param == "sqlite":
+        return None
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.new_database()
 
 
 def outcomes(rows: list[dict[str, object]]) -> list[tuple[object, object]]:

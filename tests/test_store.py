@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,19 +14,28 @@ from sandbox_pipeline.errors import ConfigError, ConflictError, StoreError
 from sandbox_pipeline.records import Event, Fork, Lease, Outcome, SandboxState, fork_key
 from sandbox_pipeline.store import Store, engine
 from sandbox_pipeline.store.store import TerminalError
+from tests.postgres import Postgres
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "postgresql":
+        server: Postgres = request.getfixturevalue("postgres")
+        return server.new_database()
+    return f"sqlite:///{tmp_path / 'dir' / 's.db'}"
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    made = Store.open(f"sqlite:///{tmp_path / 'dir' / 's.db'}")
+async def store(url: str) -> AsyncIterator[Store]:
+    made = Store.open(url)
     yield made
     await made.close()
 
 
 @pytest.fixture
-async def other(tmp_path: Path, store: Store) -> AsyncIterator[Store]:
+async def other(url: str, store: Store) -> AsyncIterator[Store]:
     """Another process's view of the same database."""
-    made = Store.open(f"sqlite:///{tmp_path / 'dir' / 's.db'}")
+    made = Store.open(url)
     yield made
     await made.close()
 
@@ -119,7 +127,8 @@ async def test_events_keep_their_order_and_are_bounded(store: Store) -> None:
     assert await store.events("w", after_seq=events[1].seq) == [events[2]]
 
 
-async def test_a_locked_database_is_waited_for(store: Store, tmp_path: Path) -> None:
+async def test_a_locked_database_is_waited_for(tmp_path: Path) -> None:
+    store = Store.open(f"sqlite:///{tmp_path / 'dir' / 's.db'}")
     await store.set(Fork(workflow_id="w", fork_num=0))
     blocker = sqlite3.connect(tmp_path / "dir" / "s.db", isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
@@ -131,6 +140,7 @@ async def test_a_locked_database_is_waited_for(store: Store, tmp_path: Path) -> 
     blocker.execute("COMMIT")
     blocker.close()
     assert (await writing).message == "late"
+    await store.close()
 
 
 async def test_a_database_locked_for_too_long_is_a_clear_failure(
@@ -169,17 +179,16 @@ def test_an_unusable_url_names_the_variable(url: str) -> None:
         Store.open(url)
 
 
-def test_the_schema_in_the_migrations_is_that_of_the_tables(tmp_path: Path) -> None:
+def test_the_schema_in_the_migrations_is_that_of_the_tables(url: str) -> None:
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
     from sandbox_pipeline.store.tables import metadata
 
-    made = engine.open_engine(f"sqlite:///{tmp_path / 's.db'}")
+    made = engine.open_engine(url)
     with made.connect() as connection:
         context = MigrationContext.configure(
             connection, opts={"version_table": engine.VERSION_TABLE}
         )
         assert compare_metadata(context, metadata) == []
     made.dispose()
-    assert stat.S_ISREG((tmp_path / "s.db").stat().st_mode)

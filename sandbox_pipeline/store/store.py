@@ -75,6 +75,7 @@ class Store:
         """A random name of this store, made once; marks the sandboxes that belong to it."""
 
         def write(connection: Connection) -> str:
+            self._lock(connection, "deployment")
             row = _get(connection, Deployment, Deployment.KEY)
             if row is None:
                 row = _set(connection, Deployment(workflow_id="", name=secrets.token_hex(8)))
@@ -175,6 +176,7 @@ class Store:
         listed = list(events)
 
         def write(connection: Connection) -> int:
+            self._lock(connection, "create_missing")
             keys = [record.key for record in records]
             taken: set[str] = set()
             for start in range(0, len(keys), 500):

@@ -32,7 +32,14 @@ import psutil
 from sandbox_pipeline.config import parse_config
 from sandbox_pipeline.errors import OwnershipError
 from sandbox_pipeline.instance import ensure_home
-from sandbox_pipeline.records import Control, Fork, Orchestration, fork_key, orchestration_key
+from sandbox_pipeline.records import (
+    Control,
+    Event,
+    Fork,
+    Orchestration,
+    fork_key,
+    orchestration_key,
+)
 from sandbox_pipeline.runtime import Runtime
 from sandbox_pipeline.store import tables
 from sandbox_pipeline.testing import drive
@@ -44,6 +51,7 @@ CANARY = "canary-5e1f8a6b7c90d2"
 FORKS = 3
 LANES = 2
 REFUSED = 3
+ATTEMPTS = 4
 MOST_RUNS = 12
 GRACE_SECONDS = 15
 PATIENCE_SECONDS = 60
@@ -89,7 +97,7 @@ class Campaign:
                 "orphan_grace_seconds": GRACE_SECONDS,
                 **({"isolation": "none"} if self.provider == "local" else {}),
             },
-            "retry": {"attempts": 4, "initial_seconds": 0.02, "max_seconds": 0.2},
+            "retry": {"attempts": ATTEMPTS, "initial_seconds": 0.02, "max_seconds": 0.2},
             "rate_limit": {"starts": 1000, "window_ms": 1},
         }
 
@@ -221,29 +229,9 @@ class Campaign:
             found.problems.append("not complete")
         if [row["fork_num"] for row in rows] != list(range(FORKS)):
             found.problems.append(f"rows: {[row['fork_num'] for row in rows]}")
-        if not all(fork.outcome.is_terminal for fork in forks):
-            found.problems.append(f"not ended: {found.outcomes}")
-        if any(fork.attempts.get("agent", 0) > 4 for fork in forks):
-            found.problems.append("too many attempts")
         for fork in forks:
-            done = [
-                event.seq
-                for event in events
-                if event.fork_num == fork.fork_num and event.name == "agent-completed"
-            ]
-            again = [
-                event.seq
-                for event in events
-                if event.fork_num == fork.fork_num and event.name == "agent-retried"
-            ]
-            if len(done) > 1 or any(seq > done[0] for seq in again if done):
-                found.problems.append(f"fork {fork.fork_num} run again after its result")
-            patch = fork.patch.path if fork.patch is not None else None
-            if patch and Path(patch).read_text(encoding="utf-8").count("+run\n") > 1:
-                found.problems.append(f"fork {fork.fork_num}: two runs in one sandbox")
-        lost = {"lost", "internal"}
-        if any(fork.failure_class and fork.failure_class.value in lost for fork in forks):
-            found.problems.append(f"lost: {[(f.failure_class, f.message) for f in forks]}")
+            mine = [event for event in events if event.fork_num == fork.fork_num]
+            found.problems += [f"fork {fork.fork_num} {text}" for text in _wrong(fork, mine)]
 
     def canaries(self) -> list[str]:
         """Files of the deployment in which the secret is."""
@@ -253,6 +241,24 @@ class Campaign:
             for path in self.home.rglob("*")
             if path.is_file() and any(needle in path.read_bytes() for needle in needles)
         ]
+
+
+def _wrong(fork: Fork, events: list[Event]) -> list[str]:
+    """What must never be true of a fork at its end."""
+    saved = [event.seq for event in events if event.name == "agent-completed"]
+    begun_again = [event.seq for event in events if event.name == "agent-retried"]
+    patch = fork.patch.path if fork.patch is not None else None
+    runs = Path(patch).read_text(encoding="utf-8").count("+run\n") if patch else 0
+    failure = fork.failure_class.value if fork.failure_class is not None else ""
+    claims = {
+        f"is not ended but {fork.outcome.value}": not fork.outcome.is_terminal,
+        "was run again after its result": len(saved) > 1
+        or any(seq > saved[0] for seq in begun_again if saved),
+        f"was run again, {runs} times in one sandbox": runs > 1,
+        "had too many attempts": fork.attempts.get("agent", 0) > ATTEMPTS,
+        f"is lost: {failure}: {fork.message}": failure in ("lost", "internal"),
+    }
+    return [text for text, wrong in claims.items() if wrong]
 
 
 async def _cancel(runtime: Runtime, workflow_id: str, fork_num: int | None) -> None:
@@ -375,8 +381,8 @@ def _report(provider: str, seed: int, found: list[Found], seconds: float) -> boo
     kinds = {
         "leaked sandboxes": "leaked",
         "rows lost or doubled": "rows",
-        "forks lost": "lost",
-        "agents run again": "run",
+        "forks lost": "is lost",
+        "agents run again": "run again",
         "canary hits": "canary",
     }
     problems = [(item.workflow_id, text) for item in found for text in item.problems]
