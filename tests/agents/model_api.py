@@ -28,7 +28,8 @@ from sandbox_pipeline.sandboxes.local import LocalProvider
 from tests.servers.messages_server import LedgerEntry
 
 CANARY = "sk-ant-canary-7f3a9c52e1d84b60"
-NPM_BINARY = Path("/opt/claude-code/node_modules/.bin/claude")
+NPM_FOLDERS = ("/opt/claude-code", "~/.cache/sandbox_pipeline/claude-code")
+"""Where `.ci/install-claude` puts it."""
 
 
 def find_test_claude() -> str | None:
@@ -36,7 +37,11 @@ def find_test_claude() -> str | None:
     named = os.environ.get("SANDBOX_PIPELINE_TEST_CLAUDE")
     if named:
         return named
-    return str(NPM_BINARY) if NPM_BINARY.exists() else shutil.which("claude")
+    for folder in (os.environ.get("CLAUDE_CODE_TEST_DIR"), *NPM_FOLDERS):
+        program = Path(folder or "/nowhere").expanduser() / "node_modules/.bin/claude"
+        if program.exists():
+            return str(program)
+    return shutil.which("claude")
 
 
 @dataclass

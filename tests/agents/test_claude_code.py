@@ -45,8 +45,8 @@ from tests.servers.messages_server import (
 CLAUDE = find_test_claude()
 needs_claude = pytest.mark.skipif(
     CLAUDE is None,
-    reason="Claude Code is not here: npm install --prefix /opt/claude-code "
-    "@anthropic-ai/claude-code@2.1.330, or set SANDBOX_PIPELINE_TEST_CLAUDE",
+    reason="Claude Code is not here: run .ci/install-claude (it needs npm), or set "
+    "SANDBOX_PIPELINE_TEST_CLAUDE",
 )
 FIX = "cat > app.py <<'EOF'\ndef f(): return 2\nEOF"
 EDITS = steps(
