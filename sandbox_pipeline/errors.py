@@ -15,6 +15,7 @@ class FailureClass(StrEnum):
     AGENT_FAILED = "agent_failed"
     BAD_RESULT = "bad_result"
     SANDBOX_LOST = "sandbox_lost"
+    SANDBOX_FULL = "sandbox_full"
     RATE_LIMITED = "rate_limited"
     AUTH = "auth"
     CONFIG = "config"
@@ -37,6 +38,8 @@ class ErrorKind(StrEnum):
     """A sandbox may exist: time-out, reset, 5xx, 409, an unreadable success."""
     GONE = "gone"
     """The sandbox no longer exists or no longer answers, confirmed by the provider."""
+    EXHAUSTED = "exhausted"
+    """This one sandbox has no room left, such as on its disk; others are not concerned."""
     HOST = "host"
     """This machine cannot do it: no isolation, disk full, too many open files."""
 
@@ -67,6 +70,7 @@ POLICIES: dict[ErrorKind, Policy] = {
     ErrorKind.UNAVAILABLE: Policy(True, False, False, FailureClass.CREATION_FAILED),
     ErrorKind.AMBIGUOUS: Policy(True, True, False, FailureClass.CREATION_FAILED),
     ErrorKind.GONE: Policy(True, False, False, FailureClass.SANDBOX_LOST),
+    ErrorKind.EXHAUSTED: Policy(False, False, False, FailureClass.SANDBOX_FULL),
     ErrorKind.HOST: Policy(False, True, True, FailureClass.CREATION_FAILED),
 }
 

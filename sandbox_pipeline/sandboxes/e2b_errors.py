@@ -59,6 +59,7 @@ INVALID = _always(ErrorKind.INVALID)
 RATE_LIMITED = _always(ErrorKind.RATE_LIMITED)
 NOT_SENT = _always(ErrorKind.UNAVAILABLE)
 DOUBTFUL = Meaning(ErrorKind.AMBIGUOUS, ErrorKind.UNAVAILABLE, ErrorKind.UNAVAILABLE)
+FULL = Meaning(ErrorKind.AMBIGUOUS, ErrorKind.EXHAUSTED, ErrorKind.UNAVAILABLE)
 ENDED = Meaning(ErrorKind.AMBIGUOUS, ErrorKind.GONE, ErrorKind.UNAVAILABLE)
 MISSING = Meaning(ErrorKind.INVALID, ErrorKind.GONE, ErrorKind.INVALID)
 
@@ -67,6 +68,7 @@ EXCEPTIONS: tuple[tuple[str, Meaning], ...] = (
     ("e2b.exceptions.AuthenticationException", AUTH),
     ("e2b.exceptions.RateLimitException", RATE_LIMITED),
     ("e2b.exceptions.InvalidArgumentException", INVALID),
+    ("e2b.exceptions.NotEnoughSpaceException", FULL),
     ("e2b.exceptions.SandboxNotRunningException", ENDED),
     ("e2b.exceptions.SandboxNotFoundException", ENDED),
     # Also where nothing was answered: the request was never written.

@@ -28,6 +28,7 @@ PING_STEP_SECONDS = 0.05
 SLOWEST_BYTES_PER_SECOND = 5e6
 LONGEST_HEADER_BYTES = 65_536
 NO_FILE = ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "EACCES", "ENAMETOOLONG", "ENXIO")
+NO_ROOM = frozenset({"ENOSPC", "EDQUOT", "EFBIG"})
 
 T = TypeVar("T")
 
@@ -119,7 +120,8 @@ class LocalSandbox:
     def _check(self, answer: Mapping[str, object]) -> None:
         if "error" in answer:
             message = f"{self.sandbox_id}: {printable(answer.get('message'))}"
-            raise ProviderError(ErrorKind.UNAVAILABLE, message)
+            full = answer.get("error") in NO_ROOM
+            raise ProviderError(ErrorKind.EXHAUSTED if full else ErrorKind.UNAVAILABLE, message)
 
     async def _understood(self, parse: Callable[[], T]) -> T:
         try:

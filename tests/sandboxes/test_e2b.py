@@ -20,6 +20,11 @@ from sandbox_pipeline.errors import ConfigError, ErrorKind, ProviderError
 from sandbox_pipeline.sandboxes import e2b_command
 from sandbox_pipeline.sandboxes.base import HOME, Command, Resources, Sandbox, SandboxSpec
 from sandbox_pipeline.sandboxes.e2b import E2BProvider
+from sandbox_pipeline.sandboxes.e2b_prices import (
+    PRICES_VARIABLE,
+    SandboxPrices,
+    prices_from_environ,
+)
 from tests.sandboxes.conformance import (
     MakeSpec,
     ProviderConformance,
@@ -245,7 +250,9 @@ class TestSandboxes:
     ) -> None:
         sandbox = await provider.create(spec_of())
         server.faults.add(Fault(path=".*/metrics", status=200, body="[]"))
-        assert await sandbox.resources() == Resources(usd_per_second=pytest.approx(3.025e-5))
+        resources = await sandbox.resources()
+        assert resources.usd_per_second == pytest.approx(3.025e-5)
+        assert replace(resources, usd_per_second=None) == Resources()
 
     @pytest.mark.parametrize(
         ("network", "told"),
@@ -418,3 +425,61 @@ class TestSettings:
         assert [(finding.name, finding.ok) for finding in findings] == [("E2B_API_KEY", False)]
         assert "401" in findings[0].message
         assert "e2b_wrong" not in findings[0].message
+
+
+class TestInjection:
+    async def test_headers_are_put_on_requests_outside(
+        self, server: E2BServer, provider: E2BProvider
+    ) -> None:
+        headers = {"x-api-key": "canary-key-12345"}
+        spec = spec_of(network="model_api", model_host="model.test", model_headers=headers)
+        assert "canary" not in repr(spec)
+        sandbox = await provider.create(spec)
+        network = server.request_bodies[-1]["network"]
+        assert network["allowOut"] == ["model.test"]
+        assert network["rules"] == {"model.test": [{"transform": {"headers": headers}}]}
+        assert await provider.injects(sandbox.sandbox_id, "model.test")
+        assert not await provider.injects(sandbox.sandbox_id, "other.test")
+        env = await shell(sandbox, "env; cat /proc/*/environ")
+        assert b"canary" not in env.stdout
+
+    async def test_server_that_drops_rules_is_found_out(self) -> None:
+        async with E2BServer(limits=Limits(rules="ignored")) as server:
+            provider = E2BProvider.from_environ(server.environ)
+            spec = spec_of(network="full", model_headers={"x-api-key": "canary-key-12345"})
+            sandbox = await provider.create(spec)
+            assert not await provider.injects(sandbox.sandbox_id, spec.model_host)
+
+    async def test_sandbox_without_network_gets_no_key(
+        self, server: E2BServer, provider: E2BProvider
+    ) -> None:
+        await provider.create(spec_of(network="none", model_headers={"x-api-key": "canary-1234"}))
+        assert "canary" not in str(server.request_bodies[-1])
+
+
+async def test_discarded_snapshot_is_gone_and_may_be_discarded_again(
+    server: E2BServer, provider: E2BProvider
+) -> None:
+    base = await provider.snapshot(await provider.create(spec_of()))
+    await provider.discard(base)
+    await provider.discard(base)
+    with pytest.raises(ProviderError) as caught:
+        await provider.create(spec_of(base=base))
+    assert caught.value.kind is ErrorKind.INVALID
+
+
+async def test_each_try_has_its_own_key_where_one_is_given(
+    server: E2BServer, provider: E2BProvider
+) -> None:
+    spec = spec_of(idempotency_key="lease-2")
+    await provider.create(spec)
+    assert server.ledger.entries("created")[0].idempotency_key == "lease-2"
+
+
+def test_prices_are_dated_and_may_be_replaced() -> None:
+    assert SandboxPrices().usd_per_second(cpu_count=2, memory_mib=512) == pytest.approx(3.025e-5)
+    own = prices_from_environ({PRICES_VARIABLE: "0.001 0"})
+    assert own.usd_per_second(cpu_count=2, memory_mib=512) == 0.002
+    for text in ("x", "1", "0.1 -1", "2 2", "nan 0", "0 0 0"):
+        with pytest.raises(ConfigError, match=PRICES_VARIABLE):
+            prices_from_environ({PRICES_VARIABLE: text})

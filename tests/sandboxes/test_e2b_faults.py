@@ -384,7 +384,9 @@ class TestSandboxOperations:
         server.faults.add(api_error(507, "no space left", path="/files"))
         with pytest.raises(ProviderError, match="no space left") as caught:
             await sandbox.write("/tmp/file", b"data")
+        assert caught.value.kind is ErrorKind.EXHAUSTED
         assert not caught.value.policy.fatal
+        assert not caught.value.policy.retry
 
     async def test_failed_list_is_unavailable(
         self, server: E2BServer, provider: E2BProvider

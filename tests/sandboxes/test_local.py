@@ -265,7 +265,7 @@ class Shared:
         assert result.stdout.strip() != b"0"
         with pytest.raises(ProviderError) as caught:
             await made.write(f"{HOME}/another", bytes(20_000_000))
-        assert caught.value.kind is ErrorKind.UNAVAILABLE
+        assert caught.value.kind is ErrorKind.EXHAUSTED
 
     async def test_depth_does_not_hide_files_from_the_disk_limit(
         self, provider: LocalProvider
@@ -655,3 +655,14 @@ class TestTrees:
 async def test_sandbox_protocol_is_met(provider: LocalProvider) -> None:
     made: Sandbox = await provider.create(spec_of("none", {}))
     assert made.sandbox_id.startswith("local-")
+
+
+async def test_full_disk_of_one_sandbox_is_its_own_fault(provider: LocalProvider) -> None:
+    made = await provider.create(spec_of("bubblewrap", {}))
+    # /tmp is a file system of limited size.
+    await shell(made, "head -c 100G /dev/zero > /tmp/big", timeout_seconds=100)
+    with pytest.raises(ProviderError) as caught:
+        await made.write("/tmp/file", b"data" * 100_000)
+    assert caught.value.kind is ErrorKind.EXHAUSTED
+    assert not caught.value.policy.fatal
+    await provider.kill(made.sandbox_id)
