@@ -37,8 +37,18 @@ VARIABLES: dict[str, tuple[str, str]] = {
         "./orchestrations",
         "Folder of *.yaml files, each a named orchestration: a job and, with cron, a schedule.",
     ),
+    f"{PREFIX}GITHUB_API": (
+        "https://api.github.com",
+        "GitHub's API, for pull requests; another one for GitHub Enterprise.",
+    ),
     f"{PREFIX}PORT": ("3000", "Port of the UI."),
     f"{PREFIX}LOG_LEVEL": ("WARNING", "Of this package's own log: DEBUG, INFO, WARNING or ERROR."),
+    "ANTHROPIC_BASE_URL": ("https://api.anthropic.com", "Where the model API is."),
+    f"{PREFIX}PRICES": ("", "YAML file with prices of models, over the built-in ones."),
+    f"{PREFIX}E2B_PRICES": (
+        "0.000014 0.0000045",
+        "US dollars for a second of one CPU and of one GiB of an E2B sandbox.",
+    ),
     f"{PREFIX}EXECUTOR": (
         "async",
         "How ops run: `async` (all on one event loop) or `multiprocess` (a process each).",
