@@ -298,6 +298,34 @@ class RankingConfig(_Section):
     time: float = Field(default=1, ge=0, le=1000, description="Weight of: a faster agent.")
 
 
+class PublishConfig(_Section):
+    """Where patches go once the winner is known: nowhere unless asked for."""
+
+    to: Literal["none", "branch", "pull_request"] = Field(
+        default="none",
+        description="'branch' pushes to forks/{workflow_id}/{fork_num} of the repository, with "
+        "GITHUB_TOKEN; 'pull_request' opens one on GitHub, too. Nothing is ever overwritten.",
+    )
+    forks: Literal["winner", "all"] = Field(
+        default="winner", description="Whose patches: the winner's, or all that there are."
+    )
+    author_name: str = Field(
+        default="sandbox-pipeline",
+        pattern=r"^[^<>\x00-\x1f]{1,100}$",
+        description="Author of the commit.",
+    )
+    author_email: str = Field(
+        default="noreply@sandbox-pipeline.invalid",
+        pattern=r"^[^<>\s\x00-\x1f]{1,200}$",
+        description="The author's address.",
+    )
+    trailer: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z][A-Za-z-]*: [^\x00-\x1f]{1,500}$",
+        description="Trailer of the commit's message, such as 'Signed-off-by: A <a@b.c>'.",
+    )
+
+
 class OrchestrationConfig(_Section):
     """One request: a prompt, a repository, and how many forks work on it under which limits."""
 
@@ -403,6 +431,7 @@ class OrchestrationConfig(_Section):
         le=1000,
         description="Once so many forks are verified the rest are cancelled; empty: never.",
     )
+    publish: PublishConfig = Field(default_factory=PublishConfig)
     ranking: RankingConfig = Field(default_factory=RankingConfig)
     agent: AgentConfig
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sandbox_pipeline import leasing, metrics, plugins, preparation
+from sandbox_pipeline import leasing, metrics, plugins, preparation, publishing
 from sandbox_pipeline.budgets import settle
 from sandbox_pipeline.clock import now
 from sandbox_pipeline.config import OrchestrationConfig
@@ -20,7 +20,7 @@ from sandbox_pipeline.errors import (
     FailureClass,
     ProviderError,
 )
-from sandbox_pipeline.lifecycle import artifacts_of
+from sandbox_pipeline.journal import artifacts_of
 from sandbox_pipeline.ownership import claimed, held_by, unchanged_since
 from sandbox_pipeline.records import (
     Control,
@@ -73,7 +73,8 @@ def validate(runtime: Runtime, config: OrchestrationConfig) -> None:
     provider = plugins.resolve_provider(config, runtime.environ)
     agent.validate(config.agent, runtime.environ, provider=provider)
     runtime.provider(provider)
-    preparation.check_repository(config, runtime.settings.home)
+    source = preparation.check_repository(config, runtime.settings.home)
+    publishing.check(config, source, runtime.environ)
 
 
 async def begin(

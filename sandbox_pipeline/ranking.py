@@ -126,6 +126,8 @@ class _Measure:
 
     def said(self, fork_num: int, other: int, *, ahead: bool) -> str:
         """Such as `larger change (24 lines against 6)`."""
+        if self.values[fork_num] is None or self.values[other] is None:
+            return f"{self.name} {self._text(fork_num)} (against {self._text(other)})"
         pair = f"{self._text(fork_num)} against {self._text(other)}"
         return f"{self.better if ahead else self.worse} ({pair})"
 

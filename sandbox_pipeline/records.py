@@ -174,6 +174,18 @@ class Verification(Value):
     log_truncated: bool = False
 
 
+class Published(Value):
+    """Where a fork's patch was pushed to.
+
+    Attributes:
+        url: of the pull request; None for a branch only.
+    """
+
+    branch: str
+    commit: str
+    url: str | None = None
+
+
 class Lease(Record):
     """That a sandbox exists or may exist, for whom, and until when.
 
@@ -263,6 +275,7 @@ class Fork(Record):
     result: AgentResult | None = None
     patch: Patch | None = None
     verification: Verification | None = None
+    published: Published | None = None
     queued_at: Instant | None = None
     started_at: Instant | None = None
     agent_started_at: Instant | None = None

@@ -34,7 +34,14 @@ from sandbox_pipeline.records import (
     orchestration_key,
 )
 from sandbox_pipeline.runtime import Runtime
-from sandbox_pipeline.sandboxes.base import STATE_DIR, WORKSPACE, Command, CommandResult, Sandbox
+from sandbox_pipeline.sandboxes.base import (
+    STATE_DIR,
+    WORKSPACE,
+    Command,
+    CommandResult,
+    Network,
+    Sandbox,
+)
 from sandbox_pipeline.sandboxes.steady import SteadySandbox
 from sandbox_pipeline.workspace.checkout import GIT_ENV, tail
 
@@ -142,11 +149,13 @@ async def verify(
     if patch.truncated:
         reason = "only a part of the patch was kept (max_patch_mb)"
         return Verification(outcome=Verdict.UNVERIFIED, reason=reason)
-    await _end_left_overs(runtime, orchestration, fork)
-    lease = await _admitted(runtime, orchestration, fork, run_id)
+    await end_left_overs(runtime, orchestration, fork)
+    lease = await admitted(runtime, orchestration, fork, run_id)
     if lease is None:
         return None
-    async with _fresh_sandbox(runtime, orchestration, lease, fork) as sandbox:
+    async with fresh_sandbox(
+        runtime, orchestration, lease, orchestration.config.verify_network
+    ) as sandbox:
         outcome = await _try_patch(sandbox, orchestration, Path(patch.path))
     redactor = runtime.redactor(orchestration)
     log = folder / LOG_FILE
@@ -279,14 +288,15 @@ async def _read(sandbox: Sandbox, path: str) -> bytes | None:
     return data
 
 
-async def _end_left_overs(runtime: Runtime, orchestration: Orchestration, fork: Fork) -> None:
+async def end_left_overs(runtime: Runtime, orchestration: Orchestration, fork: Fork) -> None:
+    """End the fresh sandboxes of a fork that a crashed run left."""
     for lease in await runtime.store.leases(orchestration.workflow_id):
         if lease.fork_num == fork.fork_num and lease.purpose == "verify":
             note = "left by a crashed run"
             await leasing.end(runtime, lease, orchestration.config.retry, note=note)
 
 
-async def _admitted(
+async def admitted(
     runtime: Runtime, orchestration: Orchestration, fork: Fork, run_id: str
 ) -> Lease | None:
     """A stored intent within `max_concurrent`; None when cancelled while waiting."""
@@ -312,8 +322,8 @@ async def _admitted(
 
 
 @contextlib.asynccontextmanager
-async def _fresh_sandbox(
-    runtime: Runtime, orchestration: Orchestration, lease: Lease, fork: Fork
+async def fresh_sandbox(
+    runtime: Runtime, orchestration: Orchestration, lease: Lease, network: Network
 ) -> AsyncGenerator[Sandbox]:
     """A sandbox at the base commit, after `setup_command`, which ends with the block."""
     config = orchestration.config
@@ -323,14 +333,14 @@ async def _fresh_sandbox(
         return next(tries)
 
     async def after_failure(attempt: int, error: ProviderError) -> None:
-        logger.warning("verification of %s, attempt %d: %s", fork.key, attempt, error)
+        logger.warning("fresh sandbox of %s, attempt %d: %s", lease.key, attempt, error)
 
     live, plain = await leasing.create(
         runtime,
         orchestration,
         lease,
         permit=await leasing.wait_for_permit(runtime, orchestration),
-        network=config.verify_network,
+        network=network,
         base=orchestration.base_snapshot,
         before_attempt=before_attempt,
         after_failure=after_failure,
@@ -338,12 +348,12 @@ async def _fresh_sandbox(
     sandbox = SteadySandbox(plain, config.retry)
     beat = asyncio.create_task(_keep_alive(sandbox, config.sandbox.orphan_grace_seconds))
     try:
-        await preparation.put(sandbox, orchestration, fork.fork_num)
+        await preparation.put(sandbox, orchestration, lease.fork_num or 0)
         yield sandbox
     finally:
         beat.cancel()
         await asyncio.wait({beat})
-        await leasing.shielded(leasing.end(runtime, live, config.retry, note="verified"))
+        await leasing.shielded(leasing.end(runtime, live, config.retry, note="no longer needed"))
 
 
 async def _keep_alive(sandbox: Sandbox, grace_seconds: float) -> None:

@@ -54,6 +54,7 @@ def test_what_is_known_of_a_patch_decides_before_any_measure() -> None:
         ({"lines": 30}, "behind fork 0: larger change (30 lines against 10 lines)"),
         ({"cost_usd": 0.3}, "behind fork 0: higher cost ($0.3000 against $0.1000)"),
         ({"seconds": 30.0}, "behind fork 0: slower (30 s against 10 s)"),
+        ({"cost_usd": None}, "behind fork 0: cost unknown (against $0.1000)"),
         ({}, "behind fork 0 by its number only"),
     ],
 )

@@ -10,9 +10,11 @@ import pandas as pd
 from sandbox_pipeline.charts import cost_svg, data_url, timeline_svg
 from sandbox_pipeline.config import OrchestrationConfig
 from sandbox_pipeline.defs.presentation import Metadata
+from sandbox_pipeline.errors import PipelineError
 from sandbox_pipeline.metrics import frame
+from sandbox_pipeline.publishing import publish
 from sandbox_pipeline.ranking import Ranking
-from sandbox_pipeline.records import Fork, Lease, Orchestration, orchestration_key
+from sandbox_pipeline.records import Event, Fork, Lease, Orchestration, orchestration_key
 from sandbox_pipeline.report import REPORT_FILE
 from sandbox_pipeline.results import fork_of, place_row, ranking_of, read_patch
 from sandbox_pipeline.runtime import Runtime
@@ -67,6 +69,7 @@ def decision_assets(prefix: list[str]) -> tuple[dg.AssetsDefinition, dg.AssetsDe
         context: dg.AssetExecutionContext, ranking: pd.DataFrame
     ) -> dg.Output[pd.DataFrame]:
         orchestration, forks, ranked = await _read(context, ranking)
+        published = await _publish(context, orchestration, forks, ranked)
         rows: list[dict[str, Any]] = []
         if ranked.winner is not None:
             fork = fork_of(forks, ranked.winner.fork_num)
@@ -77,7 +80,11 @@ def decision_assets(prefix: list[str]) -> tuple[dg.AssetsDefinition, dg.AssetsDe
                 }
             )
         return dg.Output(
-            frame(tables.winner, rows), metadata=winner_metadata(orchestration, forks, ranked)
+            frame(tables.winner, rows),
+            metadata={
+                **winner_metadata(orchestration, forks, ranked),
+                **publish_metadata(published),
+            },
         )
 
     return ranking, winner
@@ -169,7 +176,7 @@ def cost_result(config: OrchestrationConfig, table: pd.DataFrame) -> dg.AssetChe
         severity=dg.AssetCheckSeverity.WARN,
         description="; ".join(over) or None,
         metadata={
-            "cost_usd": float(known.sum()),
+            **({"cost_usd": float(known.sum())} if len(known) else {}),
             "forks_without_cost": int(table["cost_usd"].isna().sum()),
         },
     )
@@ -211,6 +218,21 @@ def winner_metadata(orchestration: Orchestration, forks: list[Fork], ranked: Ran
     return metadata
 
 
+def publish_metadata(published: list[Fork]) -> Metadata:
+    """Where the patches went."""
+    metadata: Metadata = {}
+    for fork in published:
+        if fork.published is not None:
+            name = f"published fork {fork.fork_num}"
+            url = fork.published.url
+            metadata[name] = (
+                dg.MetadataValue.url(url)
+                if url is not None
+                else dg.MetadataValue.text(f"{fork.published.branch} {fork.published.commit}")
+            )
+    return metadata
+
+
 def fenced(text: str) -> str:
     """The text as a code block of markdown, which it can't leave."""
     longest = run = 0
@@ -232,6 +254,25 @@ def _report(orchestration: Orchestration) -> Mapping[str, dg.MetadataValue]:
 
 def _runtime(context: Any) -> Runtime:
     return getattr(context.resources, RUNTIME)
+
+
+async def _publish(
+    context: dg.AssetExecutionContext,
+    orchestration: Orchestration,
+    forks: list[Fork],
+    ranked: Ranking,
+) -> list[Fork]:
+    def announce(event: Event) -> None:
+        context.log.info("%s fork=%s %s", event.name, event.fork_num, event.payload)
+
+    run_id = context.run.run_id
+    try:
+        return await publish(
+            _runtime(context), orchestration, forks, ranked, run_id=run_id, announce=announce
+        )
+    except PipelineError as error:
+        text = _runtime(context).redactor(orchestration).text(str(error))
+        raise dg.Failure(text, allow_retries=False) from error
 
 
 async def _read(context: Any, table: pd.DataFrame) -> tuple[Orchestration, list[Fork], Ranking]:

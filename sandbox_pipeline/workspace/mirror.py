@@ -72,7 +72,7 @@ async def pin(
         ConfigError: no such repository or branch, or nothing in it.
         GitError: git failed otherwise.
     """
-    git = _Git(source, folder, environ)
+    git = Git(source, folder, environ)
     bundle = folder / "base.bundle"
     mirror = folder / "mirror.git"
     if commit is None or not bundle.exists():
@@ -107,10 +107,10 @@ async def read_branches(
         ConfigError: no such repository or branch, or nothing in it.
         GitError: git failed otherwise.
     """
-    return await _choose_branch(_Git(source, folder, environ), source, branch)
+    return await _choose_branch(Git(source, folder, environ), source, branch)
 
 
-async def _choose_branch(git: _Git, source: Source, branch: str | None) -> str:
+async def _choose_branch(git: Git, source: Source, branch: str | None) -> str:
     listing = await git.run(
         ["ls-remote", "--symref", "--", source.url, "HEAD", "refs/heads/*"],
         timeout_seconds=LS_REMOTE_TIMEOUT_SECONDS,
@@ -135,7 +135,15 @@ async def _choose_branch(git: _Git, source: Source, branch: str | None) -> str:
     return wanted
 
 
-class _Git:
+class Git:
+    """Git on the host: no configuration of a person, no hooks, no prompts, one transport.
+
+    Args:
+        source: whose transport is allowed, and who gets the token.
+        folder: for askpass; made if missing.
+        environ: for PATH, proxies and GITHUB_TOKEN.
+    """
+
     def __init__(self, source: Source, folder: Path, environ: Mapping[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._source = source
@@ -161,6 +169,12 @@ class _Git:
             self._env |= {"GIT_ASKPASS": str(askpass), "SANDBOX_PIPELINE_GIT_TOKEN": token}
 
     async def run(self, arguments: list[str], *, timeout_seconds: float = 600) -> str:
+        """What git printed.
+
+        Raises:
+            ConfigError: no such repository, or no right to it.
+            GitError: git failed otherwise.
+        """
         settings = (
             "protocol.allow=never",
             f"protocol.{self._source.protocol}.allow=always",
