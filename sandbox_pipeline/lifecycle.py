@@ -10,9 +10,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from sandbox_pipeline import leasing, preparation, verification
 from sandbox_pipeline.agents.base import PROMPT_FILE, Task
@@ -29,14 +28,21 @@ from sandbox_pipeline.errors import (
     StoreError,
 )
 from sandbox_pipeline.exchange import exchange_folder
+from sandbox_pipeline.fork_sandboxes import ForkSandboxes
 from sandbox_pipeline.injection import place_of_key
+from sandbox_pipeline.journal import (
+    ForkJournal,
+    JournalReporter,
+    artifacts_of,
+    counted,
+    keep_attempt,
+    short,
+)
 from sandbox_pipeline.orders import Stop, StoppedError, obeying, run_obeying
 from sandbox_pipeline.ownership import held_by
 from sandbox_pipeline.records import (
     AgentResult,
     Control,
-    Event,
-    Failure,
     Fork,
     ForkRef,
     Lease,
@@ -47,11 +53,7 @@ from sandbox_pipeline.records import (
     Verdict,
     Verification,
     fork_key,
-    orchestration_key,
-    sandbox_key,
 )
-from sandbox_pipeline.redaction import Redactor
-from sandbox_pipeline.retrying import patiently
 from sandbox_pipeline.runtime import Announce, Runtime
 from sandbox_pipeline.sandboxes.base import STATE_DIR, WORKSPACE, Command, Resources, Sandbox
 from sandbox_pipeline.sandboxes.steady import SteadySandbox
@@ -59,13 +61,9 @@ from sandbox_pipeline.workspace.checkout import tail, take_patch
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_SECONDS = 1.0
 SLOT_POLL_SECONDS = 0.25
-MAX_MESSAGE_CHARS = 1000
 
 T = TypeVar("T")
-
-_Change = Callable[[Fork], Fork]
 
 _HEALTHY = "git rev-parse HEAD > /dev/null && touch .git/healthy && rm .git/healthy"
 
@@ -87,8 +85,8 @@ class ForkLife:
         self._key = fork_key(ref.workflow_id, ref.fork_num)
         self._run_id = run_id
         self._fence = held_by(run_id)
-        self._announce = announce
-        self._redactor: Redactor | None = None
+        self._journal = ForkJournal(runtime, ref, run_id, announce)
+        self._sandboxes = ForkSandboxes(runtime, ref, run_id, self._journal)
 
     async def create_sandbox(self) -> None:
         """Wait for a slot, then create a sandbox with the repository in it.
@@ -110,14 +108,14 @@ class ForkLife:
         fork = await self._store.need(Fork, self._key)
         resources = Resources()
         if fork.sandbox_state is SandboxState.LIVE:
-            orchestration = await self._orchestration()
+            orchestration = await self._journal.orchestration()
             try:
-                sandbox = await self._connect(fork, orchestration)
+                sandbox = await self._sandboxes.connect(fork, orchestration)
                 resources = await sandbox.resources()
             except ProviderError as error:
                 logger.info("%s: no resource figures: %s", self._key, error)
         payload = {name: value for name, value in vars(resources).items() if value is not None}
-        await self._change(
+        await self._journal.change(
             lambda it: it.evolve(used=it.used.model_copy(update=payload)),
             "metrics-recorded",
             {"outcome": fork.outcome.value, **payload},
@@ -130,14 +128,14 @@ class ForkLife:
         Its slot is free afterwards. A sandbox that can't be ended now is left to the reaper;
         the outcome stays what it is.
         """
-        orchestration = await self._orchestration()
+        orchestration = await self._journal.orchestration()
         began = time.monotonic()
-        await self._count("cleanup")
+        await self._journal.count("cleanup")
         try:
-            ended = await self._end_sandboxes(orchestration, note="fork ended")
+            ended = await self._sandboxes.end(orchestration, note="fork ended")
         except ProviderError as error:
             logger.warning("%s: sandbox left to the reaper: %s", self._key, error)
-            await self.event("sandbox-cleaned", {"ok": False, "reason": _short(str(error))})
+            await self._journal.event("sandbox-cleaned", {"ok": False, "reason": short(str(error))})
             ended = []
         seconds = time.monotonic() - began
         if not verification.is_wanted(orchestration, await self._store.need(Fork, self._key)):
@@ -155,9 +153,11 @@ class ForkLife:
                 timings=fork.timings.model_copy(update={"cleanup_seconds": seconds}),
             )
 
-        await settle(self._store, await self._change(finish))
+        await settle(self._store, await self._journal.change(finish))
         for lease in ended:
-            await self.event("sandbox-cleaned", {"ok": True, "sandbox_id": lease.sandbox_id})
+            await self._journal.event(
+                "sandbox-cleaned", {"ok": True, "sandbox_id": lease.sandbox_id}
+            )
 
     async def verify_patch(self) -> None:
         """Try the fork's patch in a fresh sandbox; the fork's outcome stays what it is.
@@ -165,7 +165,7 @@ class ForkLife:
         Keeps the slot of the fork's own sandbox until then: a fork that has begun is finished
         before another one begins.
         """
-        orchestration = await self._orchestration()
+        orchestration = await self._journal.orchestration()
         fork = await self._store.need(Fork, self._key)
         try:
             if not verification.is_wanted(orchestration, fork):
@@ -174,7 +174,7 @@ class ForkLife:
         except StoppedError as stopped:
             found = Verification(outcome=Verdict.UNVERIFIED, reason=stopped.stop.message)
         except (ProviderError, AgentError, OSError) as error:
-            text = _short(self._runtime.redactor(orchestration).text(str(error)))
+            text = short(self._runtime.redactor(orchestration).text(str(error)))
             found = Verification(outcome=Verdict.ERROR, reason=text)
         finally:
             self._runtime.slots.give_back(self._ref)
@@ -185,7 +185,9 @@ class ForkLife:
             "reason": found.reason[:200],
             "seconds": found.seconds and round(found.seconds, 3),
         }
-        await self._change(lambda it: it.evolve(verification=found), "patch-verified", payload)
+        await self._journal.change(
+            lambda it: it.evolve(verification=found), "patch-verified", payload
+        )
 
     async def _verified(self, orchestration: Orchestration, fork: Fork) -> Verification | None:
         stop = await self._cancels()
@@ -195,17 +197,6 @@ class ForkLife:
         work = verification.verify(self._runtime, orchestration, fork, self._run_id, folder)
         return await obeying(work, self._cancels)
 
-    async def show_progress(self, text: str, cost_usd: float | None) -> None:
-        """Put a short line into the fork's record, for those who watch."""
-        line = " ".join((await self._redacted()).text(text).split())[:120]
-
-        def show(fork: Fork) -> Fork:
-            # An agent that doesn't know its cost for a moment doesn't take it back.
-            cost = fork.cost_so_far_usd if cost_usd is None else cost_usd
-            return fork.evolve(progress=line, cost_so_far_usd=cost)
-
-        await self._change(show)
-
     async def _run(
         self, stage: Stage, work: Callable[[Fork, Orchestration], Awaitable[None]]
     ) -> None:
@@ -213,28 +204,28 @@ class ForkLife:
         fork = await self._store.need(Fork, self._key)
         if fork.outcome.is_terminal:
             return
-        orchestration = await self._orchestration()
+        orchestration = await self._journal.orchestration()
         try:
             if stage is Stage.AGENT:
                 await work(fork, orchestration)
             else:
                 await self._obeying(work(fork, orchestration))
         except StoppedError as stopped:
-            await self._end_as(stopped.stop.outcome, stopped.stop.message)
+            await self._journal.end_as(stopped.stop.outcome, stopped.stop.message)
         except ProviderError as error:
             policy = error.policy
             failure_class = policy.failure_class
             if error.kind is ErrorKind.GONE and stage is Stage.CREATE:
                 failure_class = FailureClass.CREATION_FAILED
-            await self._fail(failure_class, str(error), stage=stage, fatal=policy.fatal)
+            await self._journal.fail(failure_class, str(error), stage=stage, fatal=policy.fatal)
         except AgentError as error:
-            await self._fail(error.failure_class, str(error), stage=stage)
+            await self._journal.fail(error.failure_class, str(error), stage=stage)
         except (StoreError, OwnershipError):
             raise
         except Exception as error:
             logger.exception("%s: unexpected error in stage %s", self._key, stage)
             text = f"unexpected {type(error).__name__}: {error}"
-            await self._fail(FailureClass.INTERNAL, text, stage=stage)
+            await self._journal.fail(FailureClass.INTERNAL, text, stage=stage)
 
     async def _obeying(self, work: Awaitable[T]) -> T:
         return await obeying(work, self._orders)
@@ -261,21 +252,23 @@ class ForkLife:
             return
         began = time.monotonic()
         while True:
-            attempt = await self._count("health")
+            attempt = await self._journal.count("health")
             problem = await self._check(fork, orchestration)
             if problem is None:
                 break
-            await self.event("health-check-failed", {"attempt": attempt, "reason": problem})
-            await self._end_sandboxes(orchestration, note=f"unhealthy: {problem}")
+            await self._journal.event(
+                "health-check-failed", {"attempt": attempt, "reason": problem}
+            )
+            await self._sandboxes.end(orchestration, note=f"unhealthy: {problem}")
             if attempt >= orchestration.config.retry.attempts:
-                await self._fail(FailureClass.UNHEALTHY, problem)
+                await self._journal.fail(FailureClass.UNHEALTHY, problem)
                 return
             lease, permit = await self._wait_in_queue(orchestration)
             if lease is None:
                 return
             fork = await self._create(orchestration, lease, permit)
         seconds = time.monotonic() - began
-        await self._change(
+        await self._journal.change(
             lambda it: it.evolve(timings=it.timings.model_copy(update={"health_seconds": seconds})),
             "health-check-passed",
             {"attempt": attempt},
@@ -284,7 +277,7 @@ class ForkLife:
     async def _agent_stage(self, fork: Fork, orchestration: Orchestration) -> None:
         if fork.stage is not Stage.AGENT:
             fork = await self._begin_agent(fork, orchestration)
-        sandbox = await self._connect(fork, orchestration)
+        sandbox = await self._sandboxes.connect(fork, orchestration)
         beat = asyncio.create_task(self._keep_alive(sandbox, orchestration))
         try:
             result = fork.result or await self._agent_result(fork, orchestration, sandbox)
@@ -297,31 +290,33 @@ class ForkLife:
         """Take over what an earlier run left of this fork."""
         if fork.stage in (Stage.HEALTH, Stage.AGENT) and fork.sandbox_id is not None:
             try:
-                await self._check_lease(fork.sandbox_id)
-                await self._connect(fork, orchestration)
+                await self._sandboxes.check_lease(fork.sandbox_id)
+                await self._sandboxes.connect(fork, orchestration)
             except ProviderError as error:
                 if error.kind is not ErrorKind.GONE:
                     raise
                 logger.info("%s: its sandbox did not outlive the crash: %s", self._key, error)
             else:
-                return await self._change(
+                return await self._journal.change(
                     lambda it: it.evolve(run_id=self._run_id),
                     "fork-resumed",
                     {"sandbox_id": fork.sandbox_id, "stage": fork.stage.value},
                 )
-        await self._end_sandboxes(orchestration, note="left by a crashed run")
+        await self._sandboxes.end(orchestration, note="left by a crashed run")
         if fork.stage is Stage.QUEUE:
             return fork
         if fork.attempts.get("agent", 0) >= orchestration.config.retry.attempts:
             msg = "the sandbox was lost, and no attempt is left"
             raise ProviderError(ErrorKind.GONE, msg)
-        return await self._change(lambda it: it.evolve(stage=Stage.QUEUE), "fork-resumed", {})
+        return await self._journal.change(
+            lambda it: it.evolve(stage=Stage.QUEUE), "fork-resumed", {}
+        )
 
     async def _wait_in_queue(self, orchestration: Orchestration) -> tuple[Lease | None, int]:
         """A slot and the rate limit's permission; no lease where the fork must not start."""
         began = time.monotonic()
         limit = orchestration.config.max_concurrent
-        await self._change(lambda it: it.evolve(queued_at=it.queued_at or now()))
+        await self._journal.change(lambda it: it.evolve(queued_at=it.queued_at or now()))
         await self._runtime.slots.take(self._ref, limit)
         fork = await self._store.need(Fork, self._key)
         attempt = fork.attempts.get("create", 0) + 1
@@ -329,12 +324,12 @@ class ForkLife:
             orchestration, self._run_id, fork_num=self._ref.fork_num, attempt=attempt
         )
         while True:
-            current = await self._orchestration()
+            current = await self._journal.orchestration()
             if current.fatal is not None:
-                await self._fail(current.fatal.failure_class, current.fatal.message)
+                await self._journal.fail(current.fatal.failure_class, current.fatal.message)
                 return None, 0
             if current.control is Control.CANCEL:
-                await self._end_as(Outcome.CANCELLED, "cancelled before it started")
+                await self._journal.end_as(Outcome.CANCELLED, "cancelled before it started")
                 return None, 0
             lease = None
             if current.control is Control.RUN and await self._reserve(current):
@@ -359,18 +354,18 @@ class ForkLife:
 
         first = fork.started_at is None
         payload = {"queue_seconds": round(waited, 3)}
-        await self._change(leave, "fork-started" if first else "fork-restarted", payload)
+        await self._journal.change(leave, "fork-started" if first else "fork-restarted", payload)
         return lease, permit
 
     async def _create(self, orchestration: Orchestration, lease: Lease, permit: int) -> Fork:
         began = time.monotonic()
 
         async def before_attempt() -> int:
-            return await self._count("create")
+            return await self._journal.count("create")
 
         async def after_failure(attempt: int, error: ProviderError) -> None:
-            payload = {"attempt": attempt, "kind": error.kind.value, "reason": _short(str(error))}
-            await self.event("sandbox-creation-failed", payload)
+            payload = {"attempt": attempt, "kind": error.kind.value, "reason": short(str(error))}
+            await self._journal.event("sandbox-creation-failed", payload)
 
         lease, sandbox = await leasing.create(
             self._runtime,
@@ -382,11 +377,11 @@ class ForkLife:
             before_attempt=before_attempt,
             after_failure=after_failure,
         )
-        await self._change(
+        await self._journal.change(
             lambda it: it.evolve(sandbox_id=lease.sandbox_id, sandbox_state=SandboxState.LIVE)
         )
         await preparation.put(
-            self._steady(sandbox, orchestration), orchestration, self._ref.fork_num
+            SteadySandbox(sandbox, orchestration.config.retry), orchestration, self._ref.fork_num
         )
         seconds = time.monotonic() - began
 
@@ -397,7 +392,7 @@ class ForkLife:
                 timings=fork.timings.model_copy(update={"create_seconds": total}),
             )
 
-        return await self._change(
+        return await self._journal.change(
             created,
             "sandbox-created",
             {"sandbox_id": lease.sandbox_id, "create_seconds": round(seconds, 3)},
@@ -411,7 +406,7 @@ class ForkLife:
             if attempt:
                 await asyncio.sleep(check.interval_seconds)
             try:
-                sandbox = await self._connect(fork, orchestration)
+                sandbox = await self._sandboxes.connect(fork, orchestration)
                 result = await sandbox.run(
                     Command(
                         ["sh", "-c", check.command or _HEALTHY],
@@ -422,7 +417,7 @@ class ForkLife:
             except ProviderError as error:
                 if error.policy.fatal:
                     raise
-                problem = _short(str(error))
+                problem = short(str(error))
                 continue
             if result.exit_code == 0:
                 return None
@@ -440,7 +435,7 @@ class ForkLife:
         folder.mkdir(parents=True, exist_ok=True)
         await sandbox.write(prompt_path, config.prompt.encode())
         exchange = exchange_folder(
-            self._runtime.settings.home, orchestration, agent, await self._lease_id(fork)
+            self._runtime.settings.home, orchestration, agent, await self._sandboxes.lease_id(fork)
         )
         task = Task(
             workflow_id=self._ref.workflow_id,
@@ -459,7 +454,7 @@ class ForkLife:
         )
         try:
             return await run_obeying(
-                agent.run(sandbox, task, _Reporter(self)),
+                agent.run(sandbox, task, JournalReporter(self._journal)),
                 self._orders,
                 lambda: interrupt(sandbox, f"agent-{task.attempt}"),
                 lambda: self._store.need(Fork, self._key),
@@ -468,14 +463,14 @@ class ForkLife:
             return AgentResult(
                 outcome=Outcome.FAILED,
                 failure_class=error.failure_class,
-                message=_short(task.redactor.text(str(error))),
+                message=short(task.redactor.text(str(error))),
             )
 
     async def _key_injected(self, orchestration: Orchestration, sandbox: Sandbox) -> bool:
         agent = self._runtime.agent(orchestration.config.agent.kind)
         place = await place_of_key(self._runtime, orchestration, agent, sandbox.sandbox_id)
         if place.warning:
-            await self.event("key-in-sandbox", {"reason": place.warning})
+            await self._journal.event("key-in-sandbox", {"reason": place.warning})
         return place.injected
 
     async def _save_result(
@@ -484,9 +479,9 @@ class ForkLife:
         began = fork.agent_started_at or now()
         seconds = fork.timings.agent_seconds or now().seconds_since(began)
         redactor = self._runtime.redactor(orchestration)
-        result = result.model_copy(update={"message": _short(redactor.text(result.message))})
+        result = result.model_copy(update={"message": short(redactor.text(result.message))})
         # Stored before the patch is taken: what was paid for survives a crash from here on.
-        await self._change(
+        await self._journal.change(
             lambda it: it.evolve(
                 result=result,
                 timings=it.timings.model_copy(update={"agent_seconds": seconds}),
@@ -504,11 +499,11 @@ class ForkLife:
         except AgentError as error:
             if result.outcome is Outcome.SUCCESS:
                 raise
-            message = _short(f"{message}; {error}")
+            message = short(f"{message}; {error}")
         if patch is not None and patch.size_bytes == 0 and result.outcome is Outcome.SUCCESS:
-            message = _short(f"the agent changed nothing. {message}".strip())
+            message = short(f"the agent changed nothing. {message}".strip())
         name = "agent-completed" if result.outcome is Outcome.SUCCESS else "agent-failed"
-        await self._change(
+        await self._journal.change(
             lambda it: it.evolve(
                 outcome=result.outcome,
                 failure_class=result.failure_class,
@@ -533,51 +528,25 @@ class ForkLife:
                 await sandbox.extend(grace)
             await asyncio.sleep(grace / 3)
 
-    async def _end_sandboxes(self, orchestration: Orchestration, *, note: str) -> list[Lease]:
-        """End all sandboxes of this fork that are not known to be gone."""
-        ended: list[Lease] = []
-        for lease in await self._store.leases(self._ref.workflow_id):
-            if lease.fork_num == self._ref.fork_num:
-                retry = orchestration.config.retry
-                ended.append(
-                    await leasing.end(self._runtime, lease, retry, note=note, fence=self._fence)
-                )
-        if ended:
-            alive = sum(
-                lease.gone_at.seconds_since(lease.live_at)
-                for lease in ended
-                if lease.live_at and lease.gone_at
-            )
-
-            def gone(fork: Fork) -> Fork:
-                total = (fork.timings.sandbox_seconds or 0.0) + alive
-                return fork.evolve(
-                    sandbox_state=SandboxState.GONE,
-                    timings=fork.timings.model_copy(update={"sandbox_seconds": total}),
-                )
-
-            await self._change(gone)
-        return ended
-
     async def _begin_agent(self, fork: Fork, orchestration: Orchestration) -> Fork:
         """Count a new attempt; what an earlier one left is kept beside it."""
         attempt = fork.attempts.get("agent", 0) + 1
         if attempt > 1:
-            _keep_attempt(artifacts_of(orchestration, fork), attempt - 1)
+            keep_attempt(artifacts_of(orchestration, fork), attempt - 1)
 
         def begun(it: Fork) -> Fork:
             return it.evolve(
                 stage=Stage.AGENT,
                 agent_started_at=now(),
-                attempts=_counted(it.attempts, "agent"),
+                attempts=counted(it.attempts, "agent"),
                 earlier_cost_usd=spent_usd(it),
                 cost_so_far_usd=None,
             )
 
         if attempt == 1:
-            return await self._change(begun)
+            return await self._journal.change(begun)
         payload = {"attempt": attempt, "earlier_cost_usd": spent_usd(fork)}
-        return await self._change(begun, "agent-retried", payload)
+        return await self._journal.change(begun, "agent-retried", payload)
 
     async def _reserve(self, orchestration: Orchestration) -> bool:
         """Whether the fork has its part of the budgets; False while it has to wait for that.
@@ -593,159 +562,5 @@ class ForkLife:
         except BudgetError as error:
             raise StoppedError(Stop(Outcome.BUDGET_EXCEEDED, str(error))) from error
         if amount is not None:
-            await self._change(lambda it: it.evolve(budget_usd=amount))
+            await self._journal.change(lambda it: it.evolve(budget_usd=amount))
         return amount is not None
-
-    async def _check_lease(self, sandbox_id: str) -> None:
-        lease = await self._store.need(Lease, sandbox_key(sandbox_id))
-        if lease.state is not SandboxState.LIVE:
-            msg = f"sandbox {sandbox_id} was being ended"
-            raise ProviderError(ErrorKind.GONE, msg)
-
-    async def _lease_id(self, fork: Fork) -> str:
-        lease = await self._store.need(Lease, sandbox_key(fork.sandbox_id or ""))
-        return lease.lease_id
-
-    async def _connect(self, fork: Fork, orchestration: Orchestration) -> Sandbox:
-        if fork.sandbox_id is None:
-            msg = "the fork has no sandbox"
-            raise ProviderError(ErrorKind.GONE, msg)
-        provider = self._runtime.provider(orchestration.provider)
-        retry = orchestration.config.retry
-        sandbox_id = fork.sandbox_id
-        sandbox = await patiently(retry, lambda: provider.connect(sandbox_id))
-        return self._steady(sandbox, orchestration)
-
-    def _steady(self, sandbox: Sandbox, orchestration: Orchestration) -> Sandbox:
-        return SteadySandbox(sandbox, orchestration.config.retry)
-
-    async def _orchestration(self) -> Orchestration:
-        return await self._store.need(Orchestration, orchestration_key(self._ref.workflow_id))
-
-    async def _fail(
-        self,
-        failure_class: FailureClass,
-        message: str,
-        *,
-        stage: Stage | None = None,
-        fatal: bool = False,
-    ) -> None:
-        orchestration = await self._orchestration()
-        message = _short(self._runtime.redactor(orchestration).text(message))
-        if fatal and orchestration.fatal is None:
-            failure = Failure(failure_class=failure_class, message=message)
-            await self._store.update(
-                Orchestration,
-                orchestration.key,
-                lambda it: it.evolve(fatal=it.fatal or failure),
-                fence=self._fence,
-            )
-        name = "agent-failed" if stage is Stage.AGENT else "fork-failed"
-        await self._end_as(Outcome.FAILED, message, failure_class=failure_class, event=name)
-
-    async def _end_as(
-        self,
-        outcome: Outcome,
-        message: str,
-        *,
-        failure_class: FailureClass | None = None,
-        event: str = "fork-ended",
-    ) -> None:
-        def ended(fork: Fork) -> Fork:
-            if fork.outcome.is_terminal:
-                return fork
-            return fork.evolve(
-                outcome=outcome,
-                failure_class=failure_class,
-                message=message,
-                stage=Stage.METRICS,
-                run_id=self._run_id,
-            )
-
-        payload: dict[str, Any] = {"outcome": outcome.value, "message": message[:200]}
-        if failure_class is not None:
-            payload["failure_class"] = failure_class.value
-        await self._change(ended, event, payload)
-
-    async def _count(self, stage: str) -> int:
-        fork = await self._change(lambda it: it.evolve(attempts=_counted(it.attempts, stage)))
-        return fork.attempts[stage]
-
-    async def _change(
-        self, change: _Change, event: str | None = None, payload: Mapping[str, Any] | None = None
-    ) -> Fork:
-        events = [await self._new_event(event, payload or {})] if event else []
-        fork = await self._store.update(Fork, self._key, change, events, fence=self._fence)
-        for item in events:
-            self._announce(item)
-        return fork
-
-    async def event(self, name: str, payload: Mapping[str, Any]) -> None:
-        """Add to the timeline."""
-        event = await self._new_event(name, payload)
-        await self._store.append(event, fence=self._fence)
-        self._announce(event)
-
-    async def _redacted(self) -> Redactor:
-        if self._redactor is None:
-            self._redactor = self._runtime.redactor(await self._orchestration())
-        return self._redactor
-
-    async def _new_event(self, name: str, payload: Mapping[str, Any]) -> Event:
-        redactor = await self._redacted()
-        return Event(
-            name=name,
-            workflow_id=self._ref.workflow_id,
-            fork_num=self._ref.fork_num,
-            time=time.time(),
-            payload={
-                key: redactor.text(value) if isinstance(value, str) else value
-                for key, value in payload.items()
-            },
-        )
-
-
-class _Reporter:
-    """Puts an agent's words into the fork's record, now and then, for those who watch."""
-
-    def __init__(self, life: ForkLife) -> None:
-        self._life = life
-        self._last = 0.0
-        self._cost_usd: float | None = None
-
-    async def progress(self, text: str, *, cost_usd: float | None = None) -> None:
-        """See `Reporter.progress`."""
-        moment = time.monotonic()
-        # Each cost is kept: it is what a budget is judged by, and what a crash leaves.
-        if moment - self._last < PROGRESS_SECONDS and cost_usd in (None, self._cost_usd):
-            return
-        self._last, self._cost_usd = moment, cost_usd
-        await self._life.show_progress(text, cost_usd)
-
-    async def event(self, name: str, payload: Mapping[str, Any]) -> None:
-        """See `Reporter.event`."""
-        await self._life.event(name, payload)
-
-
-def artifacts_of(orchestration: Orchestration, fork: Fork) -> Path:
-    """The folder for what a fork leaves on this machine."""
-    return Path(orchestration.artifacts) / fork.mapping_key
-
-
-def _keep_attempt(folder: Path, attempt: int) -> None:
-    """Move what an attempt left to a folder of its own, before the next one writes."""
-    kept = folder / f"attempt_{attempt}"
-    files = [path for path in folder.glob("*") if path.is_file()]
-    if files and not kept.exists():
-        kept.mkdir()
-        for path in files:
-            path.rename(kept / path.name)
-
-
-def _counted(attempts: Mapping[str, int], stage: str) -> dict[str, int]:
-    return {**attempts, stage: attempts.get(stage, 0) + 1}
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= MAX_MESSAGE_CHARS else f"{text[: MAX_MESSAGE_CHARS - 1]}…"

@@ -47,7 +47,7 @@ def command(workflow: str | None, fork_num: int | None, *, as_json: bool) -> int
 
 def result_document(orchestration: Orchestration, forks: Sequence[Fork]) -> dict[str, Any]:
     """What `--json` prints of an orchestration: its rows in the two metrics tables."""
-    from sandbox_pipeline.lifecycle import artifacts_of
+    from sandbox_pipeline.journal import artifacts_of
     from sandbox_pipeline.metrics import fork_row, summary_row
     from sandbox_pipeline.results import place_row, ranking_of
 
@@ -120,7 +120,7 @@ def _print_transcript(
 ) -> None:
     from sandbox_pipeline.agents.transcript import read_transcript
     from sandbox_pipeline.cli.transcript import print_transcript
-    from sandbox_pipeline.lifecycle import artifacts_of
+    from sandbox_pipeline.journal import artifacts_of
 
     if not 0 <= fork_num < len(forks):
         msg = f"--fork: {fork_num} is not one of 0 to {len(forks) - 1}"
