@@ -61,11 +61,7 @@ class CancellableAsyncExecutor(AsyncExecutor):
         try:
             while not active.is_complete and not interrupted.is_set():
                 if unblocked:
-                    for step in active.get_steps_to_execute(limit=None):
-                        work = self._run_step(job_context, active.get_known_state(), step, events)
-                        task = asyncio.create_task(work, name=step.key)
-                        tasks.add(task)
-                        task.add_done_callback(tasks.discard)
+                    self._start_steps(job_context, active, events, tasks)
                     for event in active.concurrency_event_iterator(job_context):
                         yield event
                 # Bounded, since a step that waits for its retry or for a pool's slot has no
@@ -89,6 +85,19 @@ class CancellableAsyncExecutor(AsyncExecutor):
             for task in tasks:
                 task.cancel()
             await _finish(tasks)
+
+    def _start_steps(
+        self,
+        job_context: PlanExecutionContext,
+        active: ActiveExecution,
+        events: asyncio.Queue[dg.DagsterEvent],
+        tasks: set[asyncio.Task[None]],
+    ) -> None:
+        for step in active.get_steps_to_execute(limit=None):
+            work = self._run_step(job_context, active.get_known_state(), step, events)
+            task = asyncio.create_task(work, name=step.key)
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
 
     async def _handle(
         self, job_context: PlanExecutionContext, active: ActiveExecution, event: dg.DagsterEvent
