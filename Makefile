@@ -27,7 +27,7 @@ demo: $(STAMP) ## Run three forks on a small example repository
 	@$(BIN)/sandbox-pipeline demo
 
 test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(STAMP) ## Lint, types, layers, definitions, docs
 	$(BIN)/ruff check .
