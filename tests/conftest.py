@@ -59,7 +59,8 @@ def repo(tmp_path: Path) -> Path:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A deployment of its own; at the end none of its sandboxes may be alive."""
     for name in [name for name in os.environ if name.startswith("SANDBOX_PIPELINE_")]:
-        monkeypatch.delenv(name)
+        if not name.startswith("SANDBOX_PIPELINE_TEST_"):
+            monkeypatch.delenv(name)
     folder = tmp_path / "home"
     monkeypatch.setenv("DAGSTER_HOME", str(folder))
     monkeypatch.setenv("SANDBOX_PIPELINE_ORCHESTRATIONS", str(tmp_path / "orchestrations"))
