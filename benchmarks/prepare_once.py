@@ -70,7 +70,7 @@ async def measure(home: Path, name: str, made: SandboxProvider) -> None:
 
 async def main() -> None:
     """Measure both providers."""
-    print(f"| provider | forks | ready, prepared once | ready, {SETUP_SECONDS} s setup each |")
+    print(f"| provider | forks | prepared once | setup of {SETUP_SECONDS} s in each fork |")
     print("|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         await measure(Path(folder) / "local", "local", LocalProvider(Path(folder) / "sandboxes"))

@@ -87,12 +87,16 @@ def find_credential(
     """The credential of this machine; where there are several, the one Claude Code would use.
 
     Raises:
-        ConfigError: none of the variables is set.
+        ConfigError: none of the variables is set, or the one that counts is malformed.
     """
     for variable in variables:
         value = environ.get(variable, "").strip()
-        if value:
-            return Credential(variable, value)
+        if not value:
+            continue
+        if not re.fullmatch(r"[!-~]+", value):
+            msg = f"{variable} has characters no key has, such as a space or newline: set it again"
+            raise ConfigError(msg)
+        return Credential(variable, value)
     msg = f"no key for the model: set one of {', '.join(variables)} in the environment"
     raise ConfigError(msg)
 
