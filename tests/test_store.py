@@ -40,9 +40,9 @@ async def other(url: str, store: Store) -> AsyncIterator[Store]:
     await made.close()
 
 
-def lease(name: str) -> Lease:
+def lease(name: str, fork_num: int = 0) -> Lease:
     return Lease(
-        lease_id=name, workflow_id="w", fork_num=0, attempt=1, provider="p", owner_run="r",
+        lease_id=name, workflow_id="w", fork_num=fork_num, attempt=1, provider="p", owner_run="r",
         intent_at=now(),
     )  # fmt: skip
 
@@ -91,7 +91,7 @@ async def test_a_final_outcome_stays(store: Store) -> None:
 async def test_slots_are_counted_across_processes(store: Store, other: Store) -> None:
     answers = await asyncio.gather(
         *(
-            who.admit(lease(f"l{i}-{n}"), 3)
+            who.admit(lease(f"l{i}-{n}", fork_num=2 * i + n), 3)
             for n, who in enumerate((store, other))
             for i in range(5)
         )
@@ -99,7 +99,9 @@ async def test_slots_are_counted_across_processes(store: Store, other: Store) ->
     held = [answer for answer in answers if answer is not None]
     assert len(held) == 3
     await store.set(held[0].evolve(state=SandboxState.GONE))
-    assert await other.admit(lease("next"), 3) is not None
+    held[1] = await store.set(held[1].evolve(state=SandboxState.KILLING))
+    assert await other.admit(lease("twice", fork_num=held[1].fork_num or 0), 9) is None
+    assert await other.admit(lease("next", fork_num=99), 3) is not None
 
 
 async def test_permits_keep_to_the_window_across_processes(store: Store, other: Store) -> None:

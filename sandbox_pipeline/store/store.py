@@ -207,6 +207,8 @@ class Store:
     ) -> Lease | None:
         """Store a new lease, if its orchestration then has at most `max_live` that are not gone.
 
+        A fork never has two sandboxes of the same purpose.
+
         Returns:
             The stored lease, or None when there is no slot.
         """
@@ -215,10 +217,9 @@ class Store:
             _check(connection, lease.workflow_id, fence)
             # Two transactions that both count and then insert would both find a slot.
             self._lock(connection, f"admit:{lease.workflow_id}")
-            live = connection.execute(
-                sa.select(sa.func.count()).where(*_live_lease(lease.workflow_id))
-            ).scalar_one()
-            if live >= max_live:
+            live = _leases(connection, lease.workflow_id)
+            mine = [it for it in live if it.fork_num == lease.fork_num]
+            if len(live) >= max_live or any(it.purpose == lease.purpose for it in mine):
                 return None
             return _set(connection, lease)
 

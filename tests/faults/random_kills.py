@@ -213,6 +213,11 @@ class Campaign:
             time.sleep(0.1)
         if alive:
             found.problems.append(f"leaked: {alive}")
+        if self.provider == "e2b":
+            ledger = Ledger.load(self.ledger_path)
+            for number in range(FORKS):
+                if ledger.max_live(workflow_id=workflow_id, fork_num=str(number)) > 1:
+                    found.problems.append(f"fork {number} had two sandboxes at once")
 
         async def read(runtime: Runtime) -> tuple[Any, ...]:
             key = orchestration_key(workflow_id)
