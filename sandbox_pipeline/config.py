@@ -292,7 +292,6 @@ class RankingConfig(_Section):
     """What decides between patches of which the same is known; each weight counts relatively."""
 
     tests: float = Field(default=16, ge=0, le=1000, description="Weight of: more tests passed.")
-    judge: float = Field(default=8, ge=0, le=1000, description="Weight of: judged better.")
     size: float = Field(default=4, ge=0, le=1000, description="Weight of: a smaller change.")
     cost: float = Field(default=2, ge=0, le=1000, description="Weight of: a lower cost.")
     time: float = Field(default=1, ge=0, le=1000, description="Weight of: a faster agent.")

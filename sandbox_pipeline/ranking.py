@@ -37,7 +37,6 @@ class Candidate:
     Attributes:
         digest: equal for equal changes, see `digest_of`; None without a patch.
         lines: added and removed; None without a patch.
-        judged: the judge's score, 0 to 1; None without a judge.
     """
 
     fork_num: int
@@ -50,7 +49,6 @@ class Candidate:
     tests_passed: int | None
     cost_usd: float | None
     seconds: float | None
-    judged: float | None = None
 
     @property
     def tier(self) -> Tier:
@@ -141,7 +139,7 @@ class _Measure:
         return f"{number} {self.unit}".rstrip()
 
 
-def candidate_of(fork: Fork, digest: str | None, judged: float | None = None) -> Candidate:
+def candidate_of(fork: Fork, digest: str | None) -> Candidate:
     """What the order depends on, of a stored fork."""
     found, patch = fork.verification, fork.patch
     return Candidate(
@@ -155,7 +153,6 @@ def candidate_of(fork: Fork, digest: str | None, judged: float | None = None) ->
         tests_passed=found.tests_passed if found else None,
         cost_usd=fork.result.usage.cost_usd if fork.result else None,
         seconds=fork.timings.agent_seconds,
-        judged=judged,
     )
 
 
@@ -221,8 +218,6 @@ def _measures(candidates: Sequence[Candidate], weights: RankingConfig) -> list[_
     listed = [
         _Measure("tests", weights.tests, values("tests_passed"), False, "fewer tests passed",
                  "more tests passed", ""),
-        _Measure("judge", weights.judge, values("judged"), False, "judged worse",
-                 "judged better", "of 1"),
         _Measure("size", weights.size, values("lines"), True, "larger change",
                  "smaller change", "lines"),
         _Measure("cost", weights.cost, values("cost_usd"), True, "higher cost", "lower cost", "$"),

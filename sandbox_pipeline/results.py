@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,9 @@ def read_patch(fork: Fork) -> bytes:
         return b""
 
 
-def ranking_of(
-    orchestration: Orchestration,
-    forks: Sequence[Fork],
-    judged: Mapping[int, float] | None = None,
-) -> Ranking:
+def ranking_of(orchestration: Orchestration, forks: Sequence[Fork]) -> Ranking:
     """The order of the forks; reads their patches."""
-    scores = judged or {}
-    candidates = [
-        candidate_of(fork, digest_of(read_patch(fork)), scores.get(fork.fork_num)) for fork in forks
-    ]
+    candidates = [candidate_of(fork, digest_of(read_patch(fork))) for fork in forks]
     config = orchestration.config
     return rank(candidates, config.ranking, verifying=config.verify_command is not None)
 
@@ -49,7 +42,6 @@ def place_row(workflow_id: str, place: Place, winner: Place | None) -> dict[str,
         "verification": item.verdict.value,
         "outcome": item.outcome.value,
         "tests_passed": item.tests_passed,
-        "judged": item.judged,
         "lines_changed": item.lines,
         "cost_usd": item.cost_usd,
         "agent_seconds": item.seconds,

@@ -50,7 +50,6 @@ def test_what_is_known_of_a_patch_decides_before_any_measure() -> None:
     ("changes", "reason"),
     [
         ({"tests_passed": 4}, "behind fork 0: fewer tests passed (4 against 5)"),
-        ({"judged": 0.2}, "behind fork 0: judged worse (0.20 of 1 against 0.90 of 1)"),
         ({"lines": 30}, "behind fork 0: larger change (30 lines against 10 lines)"),
         ({"cost_usd": 0.3}, "behind fork 0: higher cost ($0.3000 against $0.1000)"),
         ({"seconds": 30.0}, "behind fork 0: slower (30 s against 10 s)"),
@@ -59,7 +58,7 @@ def test_what_is_known_of_a_patch_decides_before_any_measure() -> None:
     ],
 )
 def test_the_reason_names_the_measure_that_decided(changes: dict[str, Any], reason: str) -> None:
-    forks = [candidate(0, judged=0.9), candidate(1, **{"judged": 0.9, **changes})]
+    forks = [candidate(0), candidate(1, **changes)]
     first, second = rank(forks, WEIGHTS, verifying=True).places
     assert (first.fork_num, second.fork_num) == (0, 1)
     assert second.reason.endswith(reason)

@@ -351,3 +351,18 @@ async def test_a_verification_cut_short_by_a_crash_is_made_again(
 def test_wrong_settings_are_refused(config: Make, changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"verify_"):
         config(**changes)
+
+
+async def test_a_patch_that_ends_the_process_early_has_no_report_to_show(
+    runtime: Runtime, config: Make
+) -> None:
+    """The one hijack that no protected file prevents: the code under test itself."""
+    runner = (
+        "import unittest, tests.test_add as t; "
+        "r = unittest.TextTestRunner().run(unittest.defaultTestLoader.loadTestsFromModule(t)); "
+        "open('r.xml', 'w').write('<testsuite><testcase name=\"a\"/></testsuite>')"
+    )
+    settings = one(config, verify_command=f'python3 -B -c "{runner}"'.replace('\\"', "'"),
+                   verify_junit="r.xml")  # fmt: skip
+    found = await verified(runtime, settings, "echo 'import os; os._exit(0)' > add.py")
+    assert (found.outcome, "left no r.xml" in found.reason) == ("error", True), found

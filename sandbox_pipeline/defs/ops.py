@@ -13,7 +13,7 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 
 from sandbox_pipeline import orchestrating
 from sandbox_pipeline.config import OrchestrationConfig, parse_config
-from sandbox_pipeline.defs.presentation import fork_metrics_metadata
+from sandbox_pipeline.defs.presentation import asked_tags, fork_metrics_metadata, outcome_tags
 from sandbox_pipeline.defs.reconciling import report_dead
 from sandbox_pipeline.errors import PipelineError
 from sandbox_pipeline.lifecycle import ForkLife
@@ -49,7 +49,7 @@ async def orchestrate(context: dg.OpExecutionContext) -> AsyncIterator[dg.Dynami
     run = context.run
     # Retries and re-executions of a run share its root: they resume the same orchestration.
     workflow_id = config.workflow_id or f"wf-{(run.root_run_id or run.run_id)[:8]}"
-    context.instance.add_run_tags(run.run_id, {WORKFLOW_TAG: workflow_id})
+    context.instance.add_run_tags(run.run_id, {WORKFLOW_TAG: workflow_id, **asked_tags(config)})
     refs = await _adapted(_begin(context, config, workflow_id))
     for ref in refs:
         yield dg.DynamicOutput(ref, mapping_key=f"fork_{ref.fork_num:03d}")
@@ -105,6 +105,7 @@ async def check_completion(context: dg.OpExecutionContext, forks: list[ForkRef])
             _runtime(context), forks[0].workflow_id, context.run_id, _announce(context)
         )
     )
+    context.instance.add_run_tags(context.run_id, outcome_tags(done))
     metadata = fork_metrics_metadata(done)
     report = await _report(context, done)
     if report is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from sandbox_pipeline.config import OrchestrationConfig
 from sandbox_pipeline.metrics import Row
 from sandbox_pipeline.orchestrating import Completed
 
@@ -50,7 +51,31 @@ _NUMBERS = (
     "paid_idle_seconds",
 )
 MAX_TABLE_ROWS = 200
+MAX_TAG_CHARS = 200
+TAG_PREFIX = "sandbox_pipeline"
 MAX_MESSAGE_CHARS = 160
+
+
+def asked_tags(config: OrchestrationConfig) -> dict[str, str]:
+    """What the runs page filters by, known from the start."""
+    repo = config.repo_url.rstrip("/").removesuffix(".git").split("://")[-1]
+    return {
+        f"{TAG_PREFIX}/repo": repo[-MAX_TAG_CHARS:],
+        f"{TAG_PREFIX}/model": config.model,
+        f"{TAG_PREFIX}/agent": config.agent.kind,
+    }
+
+
+def outcome_tags(done: Completed) -> dict[str, str]:
+    """What came of it: `verified`, `all_succeeded`, `some_succeeded` or `none_succeeded`."""
+    summary = done.summary
+    if summary["verified"]:
+        outcome = "verified"
+    elif summary["succeeded"] == summary["num_forks"]:
+        outcome = "all_succeeded"
+    else:
+        outcome = "some_succeeded" if summary["succeeded"] else "none_succeeded"
+    return {f"{TAG_PREFIX}/outcome": outcome}
 
 
 def fork_metrics_metadata(done: Completed) -> Metadata:

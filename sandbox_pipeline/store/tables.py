@@ -177,7 +177,6 @@ def _places() -> list[Column[Any]]:
         Column("verification", String(16), comment="verified, rejected, unverified or error"),
         Column("outcome", String(32), comment="how the fork ended"),
         Column("tests_passed", Integer, comment="by the JUnit report"),
-        Column("judged", Float, comment="the judge's score, 0 to 1"),
         Column("lines_changed", Integer, comment="added and removed"),
         Column("cost_usd", Float, comment="US dollars; empty: unknown"),
         Column("agent_seconds", Float, comment="agent at work"),
