@@ -8,7 +8,7 @@ CONSTRAINTS := .ci/constraints.txt
 
 export DAGSTER_HOME ?= $(CURDIR)/.dagster_home
 
-.PHONY: demo test check ui bench clean help
+.PHONY: demo test faults faults-random check ui bench clean help
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -28,6 +28,13 @@ demo: $(STAMP) ## Run three forks on a small example repository
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+faults: $(STAMP) ## Every fault of docs/reliability.md, also the long ones
+	$(BIN)/python -m pytest -m "campaign or not campaign" -n 2 --dist loadfile tests/faults \
+		tests/sandboxes tests/test_control.py tests/test_lifecycle.py tests/test_state_machine.py
+
+faults-random: $(STAMP) ## Random kills on both providers: N=300 SEED=1
+	$(BIN)/python -m tests.faults.random_kills --n $(or $(N),300) --seed $(or $(SEED),1)
 
 check: $(STAMP) ## Lint, types, layers, definitions, docs
 	$(BIN)/ruff check .
