@@ -85,7 +85,13 @@ def sections(model: type[BaseModel], prefix: str) -> Iterator[str]:
             inner.append((annotation, f"{prefix}{name}."))
             continue
         rows.append(
-            [f"`{prefix}{name}`", kind(field), default(field), bounds(field), field.description or ""]
+            [
+                f"`{prefix}{name}`",
+                kind(field),
+                default(field),
+                bounds(field),
+                field.description or "",
+            ]
         )
     yield table(["field", "type", "default", "bounds", "meaning"], rows)
     for section, path in inner:
@@ -142,7 +148,10 @@ def columns(chosen: Any) -> str:
     types = dtypes(chosen)
     return table(
         ["column", "dtype", "meaning"],
-        [[f"`{column.name}`", types[column.name], column.comment or ""] for column in chosen.columns],
+        [
+            [f"`{column.name}`", types[column.name], column.comment or ""]
+            for column in chosen.columns
+        ],
     )
 
 

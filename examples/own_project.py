@@ -9,5 +9,5 @@ CONFIG = {"repo_url": "demo", "prompt": "Make the failing test pass.", "agent": 
 
 defs = dg.Definitions.merge(
     build_orchestration(name="nightly", config=CONFIG, cron="0 3 * * *", timezone="Europe/Paris"),
-    build_orchestration(name="wide", config=CONFIG, max_concurrent=10, retry_attempts=5, num_forks=20),
+    build_orchestration(name="wide", config=CONFIG, max_concurrent=10, retry_attempts=5),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import dagster as dg
 import pytest
@@ -12,9 +12,9 @@ import yaml
 
 from sandbox_pipeline import build_orchestration, demo
 from sandbox_pipeline.config import OrchestrationConfig
+from sandbox_pipeline.definitions import defs
 from sandbox_pipeline.defs.launchpad import launchpad_schema
 from sandbox_pipeline.defs.orchestrations import load_file, load_orchestrations
-from sandbox_pipeline.definitions import defs
 from sandbox_pipeline.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -25,14 +25,22 @@ def repository(definitions: dg.Definitions) -> dg.RepositoryDefinition:
     return definitions.get_repository_def()
 
 
+def ops_of(loaded: dg.RepositoryDefinition) -> dict[str, dg.OpDefinition]:
+    graph = loaded.get_job("orchestration_job").graph.node_dict["fork_metrics"].definition
+    assert isinstance(graph, dg.GraphDefinition)
+    return {
+        node.name: node.definition
+        for node in graph.nodes
+        if isinstance(node.definition, dg.OpDefinition)
+    }
+
+
 def test_the_names_that_others_build_on_stay(home: Path) -> None:
     loaded = repository(defs())
     assert {job.name for job in loaded.get_all_jobs()} == {"__ASSET_JOB", "orchestration_job"}
     keys = {key.to_user_string() for key in loaded.asset_graph.get_all_asset_keys()}
     assert {"fork_metrics", "orchestration_summary"} <= keys
     assert [sensor.name for sensor in loaded.sensor_defs][:1] == ["sandbox_reaper"]
-    graph = loaded.get_job("orchestration_job").graph.node_dict["fork_metrics"]
-    ops = {node.name for node in graph.definition.nodes}
     assert {
         "orchestrate",
         "create_sandbox",
@@ -41,15 +49,12 @@ def test_the_names_that_others_build_on_stay(home: Path) -> None:
         "record_metrics",
         "cleanup_sandbox",
         "check_completion",
-    } <= ops
+    } <= set(ops_of(loaded))
 
 
 def test_later_stages_have_the_higher_priority(home: Path) -> None:
-    graph = repository(defs()).get_job("orchestration_job").graph.node_dict["fork_metrics"]
-    priority = {
-        node.name: int(node.definition.tags["dagster/priority"])
-        for node in graph.definition.nodes
-    }
+    ops = ops_of(repository(defs()))
+    priority = {name: int(op.tags["dagster/priority"]) for name, op in ops.items()}
     order = ["create_sandbox", "health_check", "run_agent", "record_metrics", "cleanup_sandbox"]
     values = [priority[name] for name in order]
     assert values == sorted(set(values))
@@ -72,7 +77,7 @@ def test_two_orchestrations_live_in_one_project() -> None:
     [schedule] = loaded.schedule_defs
     assert (schedule.name, schedule.execution_timezone) == ("two_schedule", "Asia/Tokyo")
     assert schedule.default_status is dg.DefaultScheduleStatus.STOPPED
-    fields = loaded.get_job("one_job").run_config_schema.config_type.fields  # pyright: ignore[reportAttributeAccessIssue]
+    fields: Any = cast("Any", loaded.get_job("one_job").run_config_schema.config_type).fields
     assert "one__fork_metrics" in fields["ops"].config_type.fields
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -42,7 +43,10 @@ async def total(numbers: list[int]) -> int:
 
 @dg.job(executor_def=sandbox_async_executor, hooks={note_success})
 def mapped() -> None:
-    total(numbers().map(lambda number: double(wait(number))).collect())
+    def one(number: Any) -> Any:
+        return double(wait(number))
+
+    total(numbers().map(one).collect())
 
 
 @dg.op(retry_policy=dg.RetryPolicy(max_retries=2, delay=0.1))

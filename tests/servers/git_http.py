@@ -16,10 +16,11 @@ from urllib.parse import urlsplit
 @contextlib.contextmanager
 def git_server(root: Path, token: str) -> Generator[str]:
     """Serve the repositories below `root` to those who send `token`; the base URL."""
-    backend = f"{subprocess.check_output(['git', '--exec-path'], text=True).strip()}/git-http-backend"
+    programs = subprocess.check_output(["git", "--exec-path"], text=True).strip()
+    backend = f"{programs}/git-http-backend"
 
     class Handler(BaseHTTPRequestHandler):
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
         def do_GET(self) -> None:

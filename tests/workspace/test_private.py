@@ -31,9 +31,7 @@ async def test_the_token_is_sent_and_left_nowhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("token", "expected"), [("", "GITHUB_TOKEN is not set"), ("ghp_wrong", "was not accepted")]
 )
-async def test_a_missing_or_wrong_token_is_named(
-    tmp_path: Path, token: str, expected: str
-) -> None:
+async def test_a_missing_or_wrong_token_is_named(tmp_path: Path, token: str, expected: str) -> None:
     make_repo(tmp_path / "served" / "private")
     environ = {**os.environ, "GITHUB_TOKEN": token}
     with git_server(tmp_path / "served", TOKEN) as url:
@@ -47,6 +45,8 @@ async def test_a_missing_or_wrong_token_is_named(
 async def test_a_repository_that_does_not_exist_on_the_server_is_named(tmp_path: Path) -> None:
     (tmp_path / "served").mkdir()
     environ = {**os.environ, "GITHUB_TOKEN": TOKEN}
-    with git_server(tmp_path / "served", TOKEN) as url:
-        with pytest.raises(ConfigError, match="repo_url: "):
-            await pin(check_source(f"{url}/nope"), None, tmp_path / "base", environ)
+    with (
+        git_server(tmp_path / "served", TOKEN) as url,
+        pytest.raises(ConfigError, match="repo_url: "),
+    ):
+        await pin(check_source(f"{url}/nope"), None, tmp_path / "base", environ)
