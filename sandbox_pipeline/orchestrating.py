@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from sandbox_pipeline.records import (
     metrics_key,
     orchestration_key,
 )
+from sandbox_pipeline.redaction import MIN_SECRET_LENGTH, SECRET_VARIABLES
 from sandbox_pipeline.runtime import Announce, Runtime, silent
 from sandbox_pipeline.store import tables
 from sandbox_pipeline.store.store import Fence
@@ -69,12 +71,30 @@ def validate(runtime: Runtime, config: OrchestrationConfig) -> None:
     Raises:
         ConfigError: naming the field or the environment variable and the remedy.
     """
+    refuse_secrets(config, runtime.environ)
     agent = runtime.agent(config.agent.kind)
     provider = plugins.resolve_provider(config, runtime.environ)
     agent.validate(config.agent, runtime.environ, provider=provider)
     runtime.provider(provider)
     source = preparation.check_repository(config, runtime.settings.home)
     publishing.check(config, source, runtime.environ)
+
+
+def refuse_secrets(config: OrchestrationConfig, environ: Mapping[str, str]) -> None:
+    """Refuse a configuration that holds the value of a secret: it would be stored as it is.
+
+    Raises:
+        ConfigError: naming the variable, not the value.
+    """
+    text = config.model_dump_json()
+    for name in (*SECRET_VARIABLES, *config.agent.env_from):
+        value = environ.get(name, "").strip()
+        if len(value) >= MIN_SECRET_LENGTH and json.dumps(value)[1:-1] in text:
+            msg = (
+                f"configuration: holds the value of {name}, and would be stored and shown with it; "
+                "name the variable in agent.env_from instead"
+            )
+            raise ConfigError(msg)
 
 
 async def begin(

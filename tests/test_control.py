@@ -53,6 +53,7 @@ async def order(runtime: Runtime, control: Control, fork_num: int | None = None)
 
 
 async def until(condition: Callable[[list[Fork]], bool], runtime: Runtime) -> list[Fork]:
+    forks: list[Fork] = []
     for _ in range(400):
         forks = await runtime.store.forks("w")
         if forks and condition(forks):

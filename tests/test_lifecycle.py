@@ -10,7 +10,13 @@ import pytest
 
 from sandbox_pipeline.agents.base import Task
 from sandbox_pipeline.config import OrchestrationConfig
-from sandbox_pipeline.errors import ErrorKind, FailureClass, OwnershipError, ProviderError
+from sandbox_pipeline.errors import (
+    ConfigError,
+    ErrorKind,
+    FailureClass,
+    OwnershipError,
+    ProviderError,
+)
 from sandbox_pipeline.lifecycle import ForkLife
 from sandbox_pipeline.orchestrating import begin, complete, settle_cancelled
 from sandbox_pipeline.records import (
@@ -351,3 +357,13 @@ def _fork_metrics():  # noqa: ANN202
     from sandbox_pipeline.store import tables
 
     return tables.fork_metrics
+
+
+async def test_a_configuration_with_a_secret_in_it_is_refused_by_the_variables_name(
+    runtime: Runtime, config: Make
+) -> None:
+    runtime.environ = {**runtime.environ, "GITHUB_TOKEN": "ghp_canary_1234"}
+    with pytest.raises(ConfigError, match="holds the value of GITHUB_TOKEN") as caught:
+        await begin(runtime, config(prompt="clone with ghp_canary_1234"), "w", "run-1")
+    assert "ghp_canary" not in str(caught.value)
+    assert await runtime.store.orchestrations() == []

@@ -1,5 +1,6 @@
 """One named orchestration as Dagster definitions: its assets, its job, its schedule."""
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +27,7 @@ from sandbox_pipeline.defs.presentation import summary_metadata
 from sandbox_pipeline.defs.resources import pipeline_runtime
 from sandbox_pipeline.errors import ConfigError
 from sandbox_pipeline.metrics import frame
+from sandbox_pipeline.orchestrating import refuse_secrets
 from sandbox_pipeline.settings import ExecutorName
 from sandbox_pipeline.store import tables
 
@@ -106,7 +108,7 @@ def _assets(
 
     @dg.config_mapping(config_schema=launchpad_schema(defaults))
     def to_op_config(config: dict[str, Any]) -> dict[str, Any]:
-        parse_config(config)
+        refuse_secrets(parse_config(config), os.environ)
         return {"orchestrate": {"config": {"orchestration": config}}}
 
     @dg.graph_asset(

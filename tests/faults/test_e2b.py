@@ -167,7 +167,7 @@ async def test_the_reaper_leaves_live_forks_and_other_deployments_alone_over_all
             mine = {"app": "sandbox_pipeline", "deployment_id": await runtime.deployment_id()}
             others = server.add_rows(5, {"app": "sandbox_pipeline", "deployment_id": "another"})
             server.add_rows(7, {**mine, "workflow_id": "gone", "lease_id": "nobody"})
-            agent = {"command": "sleep 3", "env_from": []}
+            agent: dict[str, Any] = {"command": "sleep 3", "env_from": []}
             running = asyncio.create_task(drive(runtime, fields(repo, agent=agent), "w"))
             while len(server.ledger.live(workflow_id="w")) < 2:
                 await asyncio.sleep(0.05)
@@ -203,12 +203,7 @@ async def test_a_run_that_died_while_creating_is_reconciled_by_the_next(
     async with opened(home, server.environ) as runtime:
         leases: list[Lease] = await runtime.store.leases("w")
         assert [lease.state for lease in leases] == [SandboxState.INTENT]
-        import sandbox_pipeline.ownership as module
-
-        dead, module.is_dead = module.is_dead, lambda _owner: True
-        try:
-            done = await drive(runtime, config, "w", run_id="run-2")
-        finally:
-            module.is_dead = dead
+        await begin(runtime, config, "w", "run-2", previous_ended=True)
+        done = await drive(runtime, config, "w", run_id="run-2")
     assert [row["outcome"] for row in done.rows] == ["success"]
     assert server.ledger.live() == []

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import os
 import urllib.parse
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def fields(repo: Path, **changes: Any) -> OrchestrationConfig:
 
 
 @asynccontextmanager
-async def opened(home: Path, environ: Mapping[str, str]) -> AsyncIterator[Runtime]:
+async def opened(home: Path, environ: Mapping[str, str]) -> AsyncGenerator[Runtime]:
     """A deployment that knows the secret."""
     runtime = Runtime.open(home=home, environ={**os.environ, **environ, "CANARY": CANARY})
     try:
