@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -133,7 +134,7 @@ def test_cancel_ends_every_sandbox_and_the_run_stays_canceled(server: Webserver)
         check=True,
         text=True,
     ).stdout
-    assert shown.count('"outcome": "cancelled"') == 4
+    assert [fork["outcome"] for fork in json.loads(shown)["forks"]] == ["cancelled"] * 4
 
 
 def test_a_broken_file_fails_alone_and_the_other_has_job_and_schedule(server: Webserver) -> None:
