@@ -384,3 +384,8 @@ def _status_of_latest_run() -> str:
 
     with dg.DagsterInstance.get() as instance:
         return instance.get_runs(limit=1)[0].status.value
+
+
+def test_the_demo_works_without_isolation_too(home: Path) -> None:
+    done = cli("demo", "--isolation", "none")
+    assert done.returncode == 0, done.stdout + done.stderr
