@@ -131,7 +131,7 @@ class AgentConformance:
             assert files_with_secret(scene.bench.artifacts) == []
 
     async def test_lost_sandbox_is_the_providers_error(self, tmp_path: Path) -> None:
-        async with self.at_work(tmp_path, "sleep 60") as scene:
+        async with self.at_work(tmp_path, "echo waits > waits.txt; sleep 60") as scene:
             working = asyncio.create_task(scene.run())
             await asyncio.sleep(1)
             await LocalProvider(tmp_path / "sandboxes").kill(scene.bench.sandbox.sandbox_id)

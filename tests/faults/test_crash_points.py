@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import time
@@ -69,21 +70,21 @@ class DyingProvider(FaultyProvider):
 
 
 def worker(home: Path, config: OrchestrationConfig, environ: dict[str, str], moment: int) -> int:
-    """Run the orchestration in a forked process; its exit status, negative for a signal."""
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            os.dup2(os.open(home / "worker.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-            asyncio.run(_drive(home, config, environ, moment))
-            code = 0
-        except BaseException:  # noqa: BLE001 - the parent sees the code
-            import traceback
+    """Run the orchestration in another process; its exit status, negative for a signal."""
+    # Not forked: the threads of this process (the server, and those of the SDK's network
+    # library once it was used) would be missing in the child, which then waits for them.
+    process = multiprocessing.get_context("spawn").Process(
+        target=_work, args=(home, config, environ, moment)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode
 
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def _work(home: Path, config: OrchestrationConfig, environ: dict[str, str], moment: int) -> None:
+    os.dup2(os.open(home / "worker.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    asyncio.run(_drive(home, config, environ, moment))
 
 
 async def _drive(
