@@ -98,7 +98,7 @@ class ForkLife:
 
     async def record_metrics(self) -> Resources:
         """What the sandbox used, asked while it still lives; also where the fork failed."""
-        fork = await self._store.need(Fork, self._key)
+        fork = await self._journal.fork()
         resources = Resources()
         if fork.sandbox_state is SandboxState.LIVE:
             orchestration = await self._journal.orchestration()
@@ -131,7 +131,7 @@ class ForkLife:
             await self._journal.event("sandbox-cleaned", {"ok": False, "reason": short(str(error))})
             ended = []
         seconds = time.monotonic() - began
-        if not verification.is_wanted(orchestration, await self._store.need(Fork, self._key)):
+        if not verification.is_wanted(orchestration, await self._journal.fork()):
             self._runtime.slots.give_back(self._ref)
 
         def finish(fork: Fork) -> Fork:
@@ -159,7 +159,7 @@ class ForkLife:
         before another one begins.
         """
         orchestration = await self._journal.orchestration()
-        fork = await self._store.need(Fork, self._key)
+        fork = await self._journal.fork()
         try:
             if not verification.is_wanted(orchestration, fork):
                 return
@@ -194,7 +194,7 @@ class ForkLife:
         self, stage: Stage, work: Callable[[Fork, Orchestration], Awaitable[None]]
     ) -> None:
         """Do the work of a stage, unless the fork is done; an exception becomes its outcome."""
-        fork = await self._store.need(Fork, self._key)
+        fork = await self._journal.fork()
         if fork.outcome.is_terminal:
             return
         orchestration = await self._journal.orchestration()
@@ -299,7 +299,7 @@ class ForkLife:
         limit = orchestration.config.max_concurrent
         await self._journal.change(lambda it: it.evolve(queued_at=it.queued_at or now()))
         await self._runtime.slots.take(self._ref, limit)
-        fork = await self._store.need(Fork, self._key)
+        fork = await self._journal.fork()
         attempt = fork.attempts.get("create", 0) + 1
         wanted = leasing.new_lease(
             orchestration, self._run_id, fork_num=self._ref.fork_num, attempt=attempt
