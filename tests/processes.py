@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from sandbox_pipeline.sandboxes.trees import remove_tree
+
 
 def live_sandboxes(home: Path) -> list[str]:
     """Ids of the local sandboxes of a deployment that have a supervisor process."""
@@ -28,3 +30,17 @@ def wait_until_gone(home: Path, seconds: float) -> list[str]:
     while (alive := live_sandboxes(home)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return alive
+
+
+def remove_once_idle(folder: Path, seconds: float = 10) -> None:
+    """Remove a provider's folder, where supervisors may for a moment still be removing homes."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            remove_tree(str(folder))
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+        else:
+            return

@@ -29,7 +29,7 @@ def kill_descendants(limit_seconds: float = 5.0) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     end = time.monotonic() + limit_seconds
     while time.monotonic() < end:
-        for pid in _below(os.getpid()):
+        for pid in family(os.getpid())[1:]:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         try:
@@ -51,7 +51,7 @@ def kill_below(root: int, limit_seconds: float = 1.0) -> None:
                 time.sleep(0.001)
                 continue
         break
-    for pid in _below(root):
+    for pid in family(root)[1:]:
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
 
@@ -79,12 +79,13 @@ def _is_named(pid: str, name: bytes) -> bool:
     return False
 
 
-def _below(root: int) -> list[int]:
+def family(root: int) -> list[int]:
+    """A process and all that descend from it, parents first."""
     parents = _parents() if sys.platform.startswith("linux") else _parents_by_ps()
     found = [root]
     for pid in found:
         found.extend(child for child, parent in parents.items() if parent == pid)
-    return found[1:]
+    return found
 
 
 def _parents() -> dict[int, int]:

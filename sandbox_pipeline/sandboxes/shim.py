@@ -42,6 +42,7 @@ GRACE_SECONDS = 1.0
 EXIT_TIMED_OUT = 124
 EXIT_NOT_EXECUTABLE = 126
 EXIT_NOT_FOUND = 127
+SHIM_PID = os.getpid()
 
 
 def main() -> None:
@@ -50,7 +51,7 @@ def main() -> None:
     os.environ.pop("PWD", None)
     listener = socket.socket(fileno=int(sys.argv[1]))
     lifeline = int(sys.argv[2])
-    direct = "direct" in sys.argv[4:]
+    direct = _is_direct()
     listener.settimeout(None)
     poll = select.poll()
     for fd in (listener.fileno(), lifeline):
@@ -71,6 +72,10 @@ def main() -> None:
             time.sleep(0.05)
             continue
         _serve_apart(connection, listener)
+
+
+def _is_direct() -> bool:
+    return "direct" in sys.argv[4:]
 
 
 def _descendants() -> ModuleType:
@@ -229,9 +234,10 @@ def _mode(path: str) -> int:
 
 
 def _cpu_seconds() -> float:
-    """Processor time of all processes and of all that they waited for."""
+    """Processor time of the sandbox's processes and of all that they waited for."""
     ticks = 0
-    for pid in _pids():
+    # Without isolation /proc shows those of the whole machine.
+    for pid in map(str, _descendants().family(SHIM_PID)) if _is_direct() else _pids():
         with contextlib.suppress(OSError, IndexError, ValueError):
             ticks += sum(map(int, _stat_fields(pid)[11:15]))
     return ticks / os.sysconf("SC_CLK_TCK")
@@ -405,12 +411,20 @@ def _become(request: Message, fds: tuple[int, int, int]) -> NoReturn:
         env: dict[str, str] = request["env"]
         os.execvpe(argv[0], argv, {**os.environ, **env})  # noqa: S606 (that is the point)
     except OSError as error:
-        code = EXIT_NOT_FOUND if error.errno in (errno.ENOENT, errno.ENOTDIR) else code
+        missing = error.errno in (errno.ENOENT, errno.ENOTDIR) or not _is_somewhere(request)
+        code = EXIT_NOT_FOUND if missing else code
         os.write(2, f"sandbox: {error}\n".encode("utf-8", "surrogateescape"))
     except (ValueError, TypeError, IndexError) as error:
         os.write(2, f"sandbox: {error}\n".encode("utf-8", "replace"))
     finally:
         os._exit(code)
+
+
+def _is_somewhere(request: Message) -> bool:
+    """Whether the program exists: a folder that may not be searched says EACCES for any name."""
+    folders = os.get_exec_path({**os.environ, **request["env"]})
+    program = request["argv"][0]
+    return "/" in program or any(os.path.lexists(os.path.join(f, program)) for f in folders)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from sandbox_pipeline.sandboxes.bubblewrap import probe_isolation
 from sandbox_pipeline.sandboxes.limits import limits_in_force
 from sandbox_pipeline.sandboxes.local import LocalProvider
 from sandbox_pipeline.sandboxes.shim import LENGTHS
+from tests.processes import remove_once_idle
 from tests.sandboxes.conformance import assert_gone, fresh_lease_id, sample_metadata, shell
 
 pytestmark = pytest.mark.skipif(
@@ -41,8 +42,9 @@ IN_FORCE = {status.limit: status for status in limits_in_force()}
 
 @pytest.fixture
 def root() -> Any:
-    with tempfile.TemporaryDirectory(prefix="hostile-") as folder:
-        yield Path(folder, "root")
+    folder = Path(tempfile.mkdtemp(prefix="hostile-"))
+    yield folder / "root"
+    remove_once_idle(folder)
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from sandbox_pipeline.sandboxes.limits import limits_in_force
 from sandbox_pipeline.sandboxes.local import LocalProvider
 from sandbox_pipeline.sandboxes.local_sandbox import LocalSandbox
 from sandbox_pipeline.sandboxes.trees import remove_tree, tree_bytes
+from tests.processes import remove_once_idle
 from tests.sandboxes.conformance import (
     MakeSpec,
     ProviderConformance,
@@ -128,8 +129,9 @@ def make_garbage(root: Path) -> Path:
 
 @pytest.fixture
 def root() -> Any:
-    with tempfile.TemporaryDirectory(prefix="sandboxes-") as folder:
-        yield Path(folder, "root")
+    folder = Path(tempfile.mkdtemp(prefix="sandboxes-"))
+    yield folder / "root"
+    remove_once_idle(folder)
 
 
 @pytest.fixture
@@ -557,6 +559,21 @@ class TestWithoutIsolationOnly(Shared):
         ]
         seen = await shell(made, 'pwd; echo "$HOME" "$X"', cwd=WORKSPACE, env={"X": f"{HOME}/x"})
         assert seen.stdout.decode() == f"{real}/workspace\n{real} {real}/x\n"
+
+    async def test_folder_of_the_path_that_may_not_be_searched_hides_no_missing_program(
+        self, provider: LocalProvider, tmp_path: Path
+    ) -> None:
+        made = await provider.create(self.spec())
+        closed = tmp_path / "closed"
+        closed.mkdir(mode=0)
+        env = {"PATH": f"{closed}:/usr/bin:/bin"}
+        missing = await made.run(Command(["no-such-program-anywhere"], env=env))
+        assert missing.exit_code == 127
+        found = await made.run(Command(["true"], env=env))
+        assert found.exit_code == 0
+        (tmp_path / "program").touch(mode=0o600)
+        refused = await made.run(Command(["program"], env={"PATH": f"{closed}:{tmp_path}"}))
+        assert refused.exit_code == 126
 
     async def test_hosts_environment_is_not_handed_on(
         self, provider: LocalProvider, monkeypatch: pytest.MonkeyPatch
