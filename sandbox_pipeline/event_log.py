@@ -16,6 +16,12 @@ from typing import Any
 
 import dagster as dg
 from dagster._config.config_schema import UserConfigSchema
+from dagster._core.events import (
+    ASSET_CHECK_EVENTS,
+    ASSET_EVENTS,
+    EVENT_TYPE_TO_PIPELINE_RUN_STATUS,
+)
+from dagster._core.storage.event_log.schema import SqlEventLogStorageTable
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import (
     INDEX_SHARD_NAME,
     SqliteEventLogStorage,
@@ -28,6 +34,9 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.pool import StaticPool
 
 MAX_ENGINES = 16
+# Dagster's own method also writes these to the index of all runs.
+INDEXED = frozenset({*ASSET_EVENTS, *ASSET_CHECK_EVENTS, *EVENT_TYPE_TO_PIPELINE_RUN_STATUS})
+INSERT = SqlEventLogStorageTable.insert().inline()
 
 
 class PooledSqliteEventLogStorage(SqliteEventLogStorage):
@@ -83,6 +92,17 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
         if len(self._engines) > MAX_ENGINES:
             self._engines.popitem(last=False)[1].dispose()
         return engine
+
+    def store_event(self, event: dg.EventLogEntry) -> None:
+        """See Dagster's `EventLogStorage.store_event`.
+
+        One statement for all events, which SQLAlchemy compiles once: half of the base's time.
+        """
+        if event.dagster_event_type in INDEXED:
+            super().store_event(event)
+            return
+        with self.run_connection(event.run_id) as connection:
+            connection.execute(INSERT, self._event_to_row(event))
 
     def dispose(self) -> None:
         """Close the connections."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sandbox_pipeline.errors import FailureClass
 from sandbox_pipeline.ownership import held_by
@@ -18,7 +18,6 @@ from sandbox_pipeline.records import (
     Outcome,
     Stage,
     fork_key,
-    orchestration_key,
 )
 from sandbox_pipeline.redaction import Redactor
 from sandbox_pipeline.runtime import Announce, Runtime
@@ -49,13 +48,16 @@ class ForkJournal:
         self._redactor: Redactor | None = None
         self._fence = held_by(run_id)
 
+    async def read(self) -> tuple[Fork, Orchestration]:
+        """The fork and its orchestration as they are stored."""
+        fork, orchestration = await self._store.fork(self._ref.workflow_id, self._ref.fork_num)
+        # Its configuration, and with it what is secret, never changes.
+        self._redactor = self._redactor or self._runtime.redactor(orchestration)
+        return fork, orchestration
+
     async def fork(self) -> Fork:
         """The fork as it is stored."""
-        return await self._store.need(Fork, self._key)
-
-    async def orchestration(self) -> Orchestration:
-        """The orchestration that the fork belongs to, as it is stored."""
-        return await self._store.need(Orchestration, orchestration_key(self._ref.workflow_id))
+        return (await self.read())[0]
 
     async def show_progress(self, text: str, cost_usd: float | None) -> None:
         """Put a short line into the fork's record, for those who watch."""
@@ -77,8 +79,8 @@ class ForkJournal:
         fatal: bool = False,
     ) -> None:
         """End the fork as failed; with `fatal` no further fork of the orchestration is started."""
-        orchestration = await self.orchestration()
-        message = short(self._runtime.redactor(orchestration).text(message))
+        _, orchestration = await self.read()
+        message = short((await self.redacted()).text(message))
         if fatal and orchestration.fatal is None:
             failure = Failure(failure_class=failure_class, message=message)
             await self._store.update(
@@ -140,8 +142,8 @@ class ForkJournal:
     async def redacted(self) -> Redactor:
         """What takes the orchestration's secrets out of texts."""
         if self._redactor is None:
-            self._redactor = self._runtime.redactor(await self.orchestration())
-        return self._redactor
+            await self.read()
+        return cast("Redactor", self._redactor)
 
     async def _new_event(self, name: str, payload: Mapping[str, Any]) -> Event:
         redactor = await self.redacted()

@@ -98,10 +98,9 @@ class ForkLife:
 
     async def record_metrics(self) -> Resources:
         """What the sandbox used, asked while it still lives; also where the fork failed."""
-        fork = await self._journal.fork()
+        fork, orchestration = await self._journal.read()
         resources = Resources()
         if fork.sandbox_state is SandboxState.LIVE:
-            orchestration = await self._journal.orchestration()
             try:
                 sandbox = await self._sandboxes.connect(fork, orchestration)
                 resources = await sandbox.resources()
@@ -121,7 +120,7 @@ class ForkLife:
         Its slot is free afterwards. A sandbox that can't be ended now is left to the reaper;
         the outcome stays what it is.
         """
-        orchestration = await self._journal.orchestration()
+        _, orchestration = await self._journal.read()
         began = time.monotonic()
         await self._journal.count("cleanup")
         try:
@@ -131,7 +130,8 @@ class ForkLife:
             await self._journal.event("sandbox-cleaned", {"ok": False, "reason": short(str(error))})
             ended = []
         seconds = time.monotonic() - began
-        if not verification.is_wanted(orchestration, await self._journal.fork()):
+        fork, orchestration = await self._journal.read()
+        if not verification.is_wanted(orchestration, fork):
             self._runtime.slots.give_back(self._ref)
 
         def finish(fork: Fork) -> Fork:
@@ -158,8 +158,7 @@ class ForkLife:
         Keeps the slot of the fork's own sandbox until then: a fork that has begun is finished
         before another one begins.
         """
-        orchestration = await self._journal.orchestration()
-        fork = await self._journal.fork()
+        fork, orchestration = await self._journal.read()
         try:
             if not verification.is_wanted(orchestration, fork):
                 return
@@ -194,10 +193,9 @@ class ForkLife:
         self, stage: Stage, work: Callable[[Fork, Orchestration], Awaitable[None]]
     ) -> None:
         """Do the work of a stage, unless the fork is done; an exception becomes its outcome."""
-        fork = await self._journal.fork()
+        fork, orchestration = await self._journal.read()
         if fork.outcome.is_terminal:
             return
-        orchestration = await self._journal.orchestration()
         try:
             if stage is Stage.AGENT:
                 await work(fork, orchestration)
@@ -299,13 +297,12 @@ class ForkLife:
         limit = orchestration.config.max_concurrent
         await self._journal.change(lambda it: it.evolve(queued_at=it.queued_at or now()))
         await self._runtime.slots.take(self._ref, limit)
-        fork = await self._journal.fork()
+        fork, current = await self._journal.read()
         attempt = fork.attempts.get("create", 0) + 1
         wanted = leasing.new_lease(
             orchestration, self._run_id, fork_num=self._ref.fork_num, attempt=attempt
         )
         while True:
-            current = await self._journal.orchestration()
             if current.fatal is not None:
                 await self._journal.fail(current.fatal.failure_class, current.fatal.message)
                 return None, 0
@@ -318,6 +315,7 @@ class ForkLife:
             if lease is not None:
                 break
             await asyncio.sleep(SLOT_POLL_SECONDS)
+            _, current = await self._journal.read()
         permit = await leasing.wait_for_permit(self._runtime, orchestration)
         waited = time.monotonic() - began
 

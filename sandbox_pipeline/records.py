@@ -399,7 +399,7 @@ class Event(Value):
 
 
 class ForkRef(Value):
-    """All that one op hands to the next: which fork. The store has the rest."""
+    """Which fork. The store has the rest."""
 
     workflow_id: str
     fork_num: int

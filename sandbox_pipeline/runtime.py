@@ -35,6 +35,9 @@ class Runtime:
         environ: of this process; secrets are taken from it by name.
         providers: made already, by name; others are made when first asked for.
         agents: likewise, by kind.
+
+    Attributes:
+        workflow_id: what the run is of that this was opened for, once that is known.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Runtime:
         self.store = store
         self.settings = settings
         self.environ = environ
+        self.workflow_id: str | None = None
         self.slots = Slots()
         self.orders = Orders(store)
         self._providers = dict(providers or {})

@@ -30,6 +30,11 @@ T = TypeVar("T")
 RUNTIME = "pipeline_runtime"
 ERROR_TYPE = "error_type"
 WORKFLOW_TAG = "sandbox_pipeline/workflow_id"
+MAPPING_PREFIX = "fork_"
+
+# Dependencies carry only the order. Values would cost three events and two files for each step,
+# half of what Dagster needs for it, and a storage that all processes share; the store has them.
+_AFTER = {"after": dg.In(dg.Nothing)}
 
 
 def _priority(step: int) -> dict[str, str]:
@@ -39,11 +44,11 @@ def _priority(step: int) -> dict[str, str]:
 
 @dg.op(
     config_schema={"orchestration": dg.Permissive()},
-    out=dg.DynamicOut(ForkRef),
+    out=dg.DynamicOut(dg.Nothing),
     required_resource_keys={RUNTIME},
     tags=_priority(0),
 )
-async def orchestrate(context: dg.OpExecutionContext) -> AsyncIterator[dg.DynamicOutput[ForkRef]]:
+async def orchestrate(context: dg.OpExecutionContext) -> AsyncIterator[dg.DynamicOutput[None]]:
     """Pin the repository's commit, run the setup once, and plan the forks."""
     config = parse_config(context.op_config["orchestration"])
     run = context.run
@@ -52,57 +57,51 @@ async def orchestrate(context: dg.OpExecutionContext) -> AsyncIterator[dg.Dynami
     context.instance.add_run_tags(run.run_id, {WORKFLOW_TAG: workflow_id, **asked_tags(config)})
     refs = await _adapted(_begin(context, config, workflow_id))
     for ref in refs:
-        yield dg.DynamicOutput(ref, mapping_key=f"fork_{ref.fork_num:03d}")
+        yield dg.DynamicOutput(None, mapping_key=f"{MAPPING_PREFIX}{ref.fork_num:03d}")
 
 
-@dg.op(required_resource_keys={RUNTIME}, tags=_priority(1))
-async def create_sandbox(context: dg.OpExecutionContext, fork: ForkRef) -> ForkRef:
+@dg.op(ins=_AFTER, required_resource_keys={RUNTIME}, tags=_priority(1))
+async def create_sandbox(context: dg.OpExecutionContext) -> None:
     """Wait for a slot, then create the fork's sandbox with the repository in it."""
-    await _adapted(_life(context, fork).create_sandbox())
-    return fork
+    await _adapted(_life(context).create_sandbox())
 
 
-@dg.op(required_resource_keys={RUNTIME}, tags=_priority(2))
-async def health_check(context: dg.OpExecutionContext, fork: ForkRef) -> ForkRef:
+@dg.op(ins=_AFTER, required_resource_keys={RUNTIME}, tags=_priority(2))
+async def health_check(context: dg.OpExecutionContext) -> None:
     """Let only a healthy sandbox through."""
-    await _adapted(_life(context, fork).health_check())
-    return fork
+    await _adapted(_life(context).health_check())
 
 
-@dg.op(required_resource_keys={RUNTIME}, tags=_priority(3))
-async def run_agent(context: dg.OpExecutionContext, fork: ForkRef) -> ForkRef:
+@dg.op(ins=_AFTER, required_resource_keys={RUNTIME}, tags=_priority(3))
+async def run_agent(context: dg.OpExecutionContext) -> None:
     """Run the agent on the prompt, and take its patch."""
-    await _adapted(_life(context, fork).run_agent())
-    return fork
+    await _adapted(_life(context).run_agent())
 
 
-@dg.op(required_resource_keys={RUNTIME}, tags=_priority(4))
-async def record_metrics(context: dg.OpExecutionContext, fork: ForkRef) -> ForkRef:
+@dg.op(ins=_AFTER, required_resource_keys={RUNTIME}, tags=_priority(4))
+async def record_metrics(context: dg.OpExecutionContext) -> None:
     """Record what the fork and its sandbox used."""
-    await _adapted(_life(context, fork).record_metrics())
-    return fork
+    await _adapted(_life(context).record_metrics())
 
 
-@dg.op(required_resource_keys={RUNTIME}, tags=_priority(5))
-async def cleanup_sandbox(context: dg.OpExecutionContext, fork: ForkRef) -> ForkRef:
+@dg.op(ins=_AFTER, required_resource_keys={RUNTIME}, tags=_priority(5))
+async def cleanup_sandbox(context: dg.OpExecutionContext) -> None:
     """End the fork's sandbox, whatever happened before."""
-    await _adapted(_life(context, fork).cleanup_sandbox())
-    return fork
+    await _adapted(_life(context).cleanup_sandbox())
 
 
-@dg.op(required_resource_keys={RUNTIME}, tags=_priority(6))
-async def verify_patch(context: dg.OpExecutionContext, fork: ForkRef) -> ForkRef:
+@dg.op(ins=_AFTER, required_resource_keys={RUNTIME}, tags=_priority(6))
+async def verify_patch(context: dg.OpExecutionContext) -> None:
     """Try the patch in a fresh sandbox, where there is a verify_command."""
-    await _adapted(_life(context, fork).verify_patch())
-    return fork
+    await _adapted(_life(context).verify_patch())
 
 
-@dg.op(required_resource_keys={RUNTIME}, tags=_priority(7))
-async def check_completion(context: dg.OpExecutionContext, forks: list[ForkRef]) -> pd.DataFrame:
+@dg.op(ins=_AFTER, required_resource_keys={RUNTIME}, tags=_priority(7))
+async def check_completion(context: dg.OpExecutionContext) -> pd.DataFrame:
     """Compare what came with what was planned; one row for every planned fork."""
     done = await _adapted(
         orchestrating.complete(
-            _runtime(context), forks[0].workflow_id, context.run_id, _announce(context)
+            _runtime(context), _workflow_id(context), context.run_id, _announce(context)
         )
     )
     context.instance.add_run_tags(context.run_id, outcome_tags(done))
@@ -134,8 +133,22 @@ def _runtime(context: dg.OpExecutionContext) -> Runtime:
     return getattr(context.resources, RUNTIME)
 
 
-def _life(context: dg.OpExecutionContext, fork: ForkRef) -> ForkLife:
+def _life(context: dg.OpExecutionContext) -> ForkLife:
+    number = (context.get_mapping_key() or "").removeprefix(MAPPING_PREFIX)
+    fork = ForkRef(workflow_id=_workflow_id(context), fork_num=int(number))
     return ForkLife(_runtime(context), fork, context.run_id, _announce(context))
+
+
+def _workflow_id(context: dg.OpExecutionContext) -> str:
+    """What this run is of, which its first op wrote to its tags; looked up once a process."""
+    runtime = _runtime(context)
+    if runtime.workflow_id is None:
+        run = context.instance.get_run_by_id(context.run_id)
+        runtime.workflow_id = None if run is None else run.tags.get(WORKFLOW_TAG)
+    if runtime.workflow_id is None:
+        msg = f"run {context.run_id} has no tag {WORKFLOW_TAG}: its step 'orchestrate' was not run"
+        raise dg.Failure(msg, allow_retries=False)
+    return runtime.workflow_id
 
 
 def _announce(context: dg.OpExecutionContext) -> Announce:

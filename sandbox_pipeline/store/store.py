@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import secrets
 import time
@@ -23,6 +24,7 @@ from sandbox_pipeline.records import (
     Orchestration,
     Record,
     SandboxState,
+    fork_key,
     orchestration_key,
 )
 from sandbox_pipeline.store import spending, tables
@@ -36,6 +38,21 @@ MAX_PAYLOAD_CHARS = 4000
 STALE_PERMIT_SECONDS = 120.0
 Fence = Callable[[Orchestration | None], None]
 """Raises where the orchestration is no longer in the hands that a write needs it in."""
+# Made once: to put a statement together and to find its compiled form takes longer than to run it.
+RECORD = sa.select(tables.state.c.value, tables.state.c.version).where(
+    tables.state.c.key == sa.bindparam("key"), tables.state.c.kind == sa.bindparam("kind")
+)
+LOCKED_RECORD = RECORD.with_for_update()
+# Shared: many forks write at once, and a change of the owner waits for all of them.
+OWNING_RECORD = RECORD.with_for_update(read=True)
+CHANGED_RECORD = (
+    tables.state.update()
+    .where(
+        tables.state.c.key.in_(sa.bindparam("keys", expanding=True)),
+        tables.state.c.version == sa.bindparam("old_version"),
+    )
+    .values({column: sa.bindparam(f"new_{column.name}") for column in tables.state.c})
+)
 OPEN = "open"
 COMPLETE = "complete"
 
@@ -102,6 +119,23 @@ class Store:
             raise KeyError(key)
         return record
 
+    async def fork(self, workflow_id: str, fork_num: int) -> tuple[Fork, Orchestration]:
+        """A fork and its orchestration, as they are at one moment.
+
+        Raises:
+            KeyError: there is no such fork.
+        """
+        keys = (fork_key(workflow_id, fork_num), orchestration_key(workflow_id))
+
+        def read(connection: Connection) -> tuple[Fork, Orchestration]:
+            fork = _get(connection, Fork, keys[0])
+            orchestration = _get(connection, Orchestration, keys[1])
+            if fork is None or orchestration is None:
+                raise KeyError(keys[0])
+            return fork, orchestration
+
+        return await self._run(read, write=False)
+
     async def set(self, record: R, events: Iterable[Event] = ()) -> R:
         """Store a record, and events with it, if nobody stored a newer version meanwhile.
 
@@ -152,7 +186,7 @@ class Store:
                 raise KeyError(key)
             _check(connection, current.workflow_id, fence)
             changed = change(current)
-            stored = current if changed == current else _set(connection, changed)
+            stored = current if changed == current else _set(connection, changed, current)
             _append(connection, listed)
             return stored
 
@@ -415,11 +449,9 @@ class Store:
 def _check(connection: Connection, workflow_id: str, fence: Fence | None) -> None:
     if fence is None:
         return
-    query = sa.select(tables.state.c.value, tables.state.c.version).where(
-        tables.state.c.key == orchestration_key(workflow_id)
-    )
-    # Shared: many forks write at once, and a change of the owner waits for all of them.
-    row = connection.execute(query.with_for_update(read=True)).first()
+    row = connection.execute(
+        OWNING_RECORD, {"key": orchestration_key(workflow_id), "kind": Orchestration.kind}
+    ).first()
     fence(None if row is None else _load(Orchestration, row.value, row.version))
 
 
@@ -441,20 +473,27 @@ def _leases(connection: Connection, workflow_id: str | None) -> list[Lease]:
 
 
 def _get(connection: Connection, record_type: type[R], key: str, *, lock: bool = False) -> R | None:
-    query = sa.select(tables.state.c.value, tables.state.c.version).where(
-        tables.state.c.key == key, tables.state.c.kind == record_type.kind
-    )
-    row = connection.execute(query.with_for_update() if lock else query).first()
+    query = LOCKED_RECORD if lock else RECORD
+    row = connection.execute(query, {"key": key, "kind": record_type.kind}).first()
     return None if row is None else _load(record_type, row.value, row.version)
 
 
 def _load(record_type: type[R], value: str, version: int) -> R:
+    return cast("R", _parsed(record_type, value, version))
+
+
+# Records are immutable, and most reads find what an earlier one found.
+@functools.lru_cache(maxsize=2048)
+def _parsed(record_type: type[Record], value: str, version: int) -> Record:
     return record_type.model_validate_json(value).model_copy(update={"version": version})
 
 
-def _set(connection: Connection, record: R) -> R:
+def _set(connection: Connection, record: R, current: Record | None = None) -> R:
+    """Store a record; `current`: what the same transaction found stored, where it has looked."""
     if isinstance(record, Fork):
-        _guard_outcome(connection, record)
+        found = _get(connection, Fork, record.key) if current is None else current
+        if isinstance(found, Fork):
+            _guard_outcome(found, record)
     version = record.version + 1
     row = _row(record, version)
     if record.version == 0:
@@ -467,10 +506,9 @@ def _set(connection: Connection, record: R) -> R:
         keys = [record.key]
         if isinstance(record, Lease):
             keys.append(record.intent_key)
+        named = {f"new_{name}": value for name, value in row.items()}
         result = connection.execute(
-            tables.state.update()
-            .where(tables.state.c.key.in_(keys), tables.state.c.version == record.version)
-            .values(**row)
+            CHANGED_RECORD, {**named, "keys": keys, "old_version": record.version}
         )
         if result.rowcount != 1:
             msg = f"{record.key} was changed by somebody else"
@@ -478,9 +516,8 @@ def _set(connection: Connection, record: R) -> R:
     return record.evolve(version=version)
 
 
-def _guard_outcome(connection: Connection, fork: Fork) -> None:
-    stored = _get(connection, Fork, fork.key)
-    if stored is not None and stored.outcome.is_terminal and stored.outcome != fork.outcome:
+def _guard_outcome(stored: Fork, fork: Fork) -> None:
+    if stored.outcome.is_terminal and stored.outcome != fork.outcome:
         msg = f"{fork.key} ended as {stored.outcome}; it can't become {fork.outcome}"
         raise TerminalError(msg)
 
