@@ -3,7 +3,7 @@
 Started as `python3 -I -S shim.py LISTEN_FD LIFELINE_FD NAME [direct]`; standard library only,
 Python >= 3.9, few imports, since every sandbox pays for them. Nothing inside can reach the socket
 by a path. Each connection carries one request and is served by a process of its own, so that none
-blocks another. NAME is there to be found by.
+blocks another; only what takes no time is answered at once. NAME is there to be found by.
 
 A message is a 4-byte length of a JSON header, an 8-byte length of a body (both big-endian), the
 header, the body. A request's header has `op`; an answer's has `error` where the request failed.
@@ -43,6 +43,9 @@ EXIT_TIMED_OUT = 124
 EXIT_NOT_EXECUTABLE = 126
 EXIT_NOT_FOUND = 127
 SHIM_PID = os.getpid()
+AT_ONCE_MS = 5
+SMALL_REQUEST_BYTES = 8192
+SMALL_ANSWER_BYTES = 1 << 16
 
 
 def main() -> None:
@@ -116,11 +119,17 @@ def _reap(_signum: int, _frame: object) -> None:
 
 
 def _serve_apart(connection: socket.socket, listener: socket.socket) -> None:
+    request = None
+    with contextlib.suppress(OSError, EOFError, ValueError):
+        request = _small_request(connection)
+        if request is not None and _serve_at_once(connection, request):
+            connection.close()
+            return
     try:
         pid = os.fork()
     except OSError:
         # No further process is allowed: files can still be read and written from here.
-        _serve(connection, may_fork=False)
+        _serve(connection, request, may_fork=False)
         connection.close()
         return
     if pid:
@@ -128,26 +137,73 @@ def _serve_apart(connection: socket.socket, listener: socket.socket) -> None:
         return
     try:
         listener.close()
-        _serve(connection, may_fork=True)
+        _serve(connection, request, may_fork=True)
     finally:
         os._exit(0)
 
 
-def _serve(connection: socket.socket, *, may_fork: bool) -> None:
+def _small_request(connection: socket.socket) -> Message | None:
+    """A request without body, if one is there already; None leaves all of it to be received."""
+    poll = select.poll()
+    poll.register(connection, select.POLLIN)
+    if not poll.poll(AT_ONCE_MS):
+        return None
+    flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+    waiting = connection.recv(SMALL_REQUEST_BYTES, flags)
+    if len(waiting) < LENGTHS.size:
+        return None
+    header_length, body_length = LENGTHS.unpack(waiting[: LENGTHS.size])
+    if body_length or len(waiting) < LENGTHS.size + header_length:
+        return None
+    data = _receive(connection, LENGTHS.size + header_length)
+    return json.loads(data[LENGTHS.size :])
+
+
+def _serve_at_once(connection: socket.socket, request: Message) -> bool:
+    """Answer what can't block and fits into the socket's buffer, without a process of its own.
+
+    An agent's output is asked for many times a second; a process each would cost more than the
+    agent's own start.
+    """
+    if request["op"] == "ping":
+        _send(connection, {}, b"")
+        return True
+    if request["op"] == "read":
+        try:
+            limit = min(request["max"], SMALL_ANSWER_BYTES + 1)
+            body = _read(request["path"], request["offset"], limit)
+        except OSError as error:
+            _send(connection, _failure(error), b"")
+            return True
+        if len(body) <= SMALL_ANSWER_BYTES:
+            _send(connection, {}, body)
+            return True
+    return False
+
+
+def _serve(connection: socket.socket, request: Message | None, *, may_fork: bool) -> None:
     with contextlib.suppress(OSError, EOFError):
         connection.settimeout(TRANSFER_SECONDS)
-        header_length, body_length = LENGTHS.unpack(_receive(connection, LENGTHS.size))
-        request = json.loads(_receive(connection, header_length))
+        header_length = body_length = 0
         try:
-            header, body = _answer(connection, request, body_length, may_fork=may_fork)
-        except OSError as error:
-            header = {"error": errno.errorcode.get(error.errno or 0, "EIO"), "message": str(error)}
-            body = b""
-        except (ValueError, TypeError, KeyError) as error:
-            header, body = {"error": "EINVAL", "message": str(error)}, b""
-        data = json.dumps(header).encode("ascii")
-        connection.sendall(LENGTHS.pack(len(data), len(body)) + data)
-        connection.sendall(body)
+            if request is None:
+                header_length, body_length = LENGTHS.unpack(_receive(connection, LENGTHS.size))
+            asked: Message = request or json.loads(_receive(connection, header_length))
+            header, body = _answer(connection, asked, body_length, may_fork=may_fork)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            header, body = _failure(error), b""
+        _send(connection, header, body)
+
+
+def _failure(error: Exception) -> Message:
+    if isinstance(error, OSError):
+        return {"error": errno.errorcode.get(error.errno or 0, "EIO"), "message": str(error)}
+    return {"error": "EINVAL", "message": str(error)}
+
+
+def _send(connection: socket.socket, header: Message, body: bytes) -> None:
+    data = json.dumps(header).encode("ascii")
+    connection.sendall(LENGTHS.pack(len(data), len(body)) + data + body)
 
 
 def _answer(
