@@ -1,0 +1,143 @@
+"""Following agents' output: how long the event loop is held up, and how much gets through.
+
+Usage: python -m benchmarks.streaming [--agents 100] [--seconds 20] [--runs 1]
+
+The whole job runs in this process, so that its event loops can be asked how late they are: a
+thread hands each one a callback every 10 ms and notes when it was called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from benchmarks.measuring import Figures, Row, run_job, table
+from tests.conftest import make_repo
+
+STEP_SECONDS = 0.01
+LETTERS = "x" * 100
+LINE = '{"type":"assistant","message":{"content":[{"type":"text","text":"%s"}]}}' % ("x" * 150)
+
+
+class Lateness(threading.Thread):
+    """How late each event loop of this process calls back, in milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.loops: dict[asyncio.AbstractEventLoop, list[float]] = {}
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        """Ask until it is over."""
+        while not self.over.wait(STEP_SECONDS):
+            for loop, late in list(self.loops.items()):
+                if loop.is_running():
+                    asked = time.perf_counter()
+                    loop.call_soon_threadsafe(
+                        lambda asked=asked, late=late: late.append(
+                            (time.perf_counter() - asked) * 1000
+                        )
+                    )
+
+    def worst_p99(self) -> float:
+        """The 99th percentile of the loop that was late most."""
+        seen = [late for late in self.loops.values() if len(late) > 100]
+        return max(statistics.quantiles(late, n=100)[98] for late in seen)
+
+
+class Watched(asyncio.DefaultEventLoopPolicy):
+    """Tells of every loop that is made."""
+
+    def __init__(self, lateness: Lateness) -> None:
+        super().__init__()
+        self.lateness = lateness
+
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        """See the base."""
+        loop = super().new_event_loop()
+        self.lateness.loops[loop] = []
+        return loop
+
+
+def worst_stall_ms(agents: int, seconds: int) -> float:
+    """Run the job here with so many agents that write ten lines a second each."""
+    from sandbox_pipeline.cli.executing import execute
+    from sandbox_pipeline.config import parse_config
+
+    lines = seconds * 10
+    writing = f"print({LINE!r}, flush=True); time.sleep(0.1)"
+    program = f"import time\nfor _ in range({lines}): {writing}"
+    with tempfile.TemporaryDirectory(prefix="streaming-") as folder:
+        os.environ["DAGSTER_HOME"] = f"{folder}/home"
+        config = parse_config(
+            {
+                "repo_url": str(make_repo(Path(folder) / "repo")),
+                "prompt": "p",
+                "num_forks": agents,
+                "max_concurrent": agents,
+                "agent": {"kind": "command", "command": ["python3", "-c", program]},
+                "rate_limit": {"starts": 10_000},
+            }
+        )
+        lateness = Lateness()
+        asyncio.set_event_loop_policy(Watched(lateness))  # pyright: ignore[reportDeprecated]
+        lateness.start()
+        done = execute(config, quiet=True)
+        lateness.over.set()
+        succeeded = sum(fork.outcome.value == "success" for fork in done.forks)
+        if succeeded != agents:
+            msg = f"only {succeeded} of {agents} forks succeeded: {done.error}"
+            raise SystemExit(msg)
+        return lateness.worst_p99()
+
+
+def measure(agents: int = 100, seconds: int = 20, runs: int = 1) -> list[Row]:
+    """Stall in a process of its own each; throughput by the wall time that the output adds."""
+    stalls: list[float] = []
+    for _ in range(runs):
+        argv = [sys.executable, "-m", "benchmarks.streaming", "--stall"]
+        argv += ["--agents", str(agents), "--seconds", str(seconds)]
+        stalls.append(float(subprocess.run(argv, check=True, stdout=subprocess.PIPE).stdout))
+    width, each_mb = 8, 60
+    rates: list[float] = []
+    loud: list[Figures] = []
+    for _ in range(runs):
+        quiet = run_job(width, width)
+        command = f"sh -c 'yes {LETTERS} | head -c {each_mb}000000'"
+        loud.append(run_job(width, width, command=command))
+        rates.append(width * each_mb / (loud[-1].wall_seconds - quiet.wall_seconds))
+    return [
+        Row(f"event loop's lateness with {agents} streaming agents, 99th percentile", "ms", stalls,
+            "≤ 50 ms", 50),
+        Row(f"output followed, {width} agents of {each_mb} MB each, in total", "MB/s", rates,
+            "≥ 50 MB/s", 50, at_least=True),
+        Row("memory of the worker meanwhile", "MB", [it.memory_mb for it in loud]),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--agents", type=int, default=100)
+    parser.add_argument("--seconds", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--stall", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.stall:
+        print(worst_stall_ms(arguments.agents, arguments.seconds))
+        return
+    print(table(measure(arguments.agents, arguments.seconds, arguments.runs)))
+
+
+if __name__ == "__main__":
+    main()
