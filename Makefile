@@ -8,7 +8,7 @@ CONSTRAINTS := .ci/constraints.txt
 
 export DAGSTER_HOME ?= $(CURDIR)/.dagster_home
 
-.PHONY: demo test faults faults-random check ui bench clean help
+.PHONY: demo test faults faults-random check ui bench clean help bench-peers
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -48,8 +48,16 @@ check: $(STAMP) ## Lint, types, layers, definitions, docs
 ui: $(STAMP) ## Open Dagster's UI on the same instance
 	@$(BIN)/sandbox-pipeline ui
 
-bench: $(STAMP) ## Measure the overhead of a fork
-	$(BIN)/python -m benchmarks.overhead
+bench: $(STAMP) ## Measure everything that docs/performance.md tells, half an hour: RUNS=5
+	$(BIN)/python -m benchmarks --runs $(or $(RUNS),5)
+
+bench-peers: $(STAMP) .venv-peers/.installed ## The same work by other systems: RUNS=5
+	$(BIN)/python -m benchmarks.bench_peers --runs $(or $(RUNS),5)
+
+.venv-peers/.installed: benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 clean: ## Remove what the targets made
-	rm -rf $(VENV) .dagster_home build dist *.egg-info
+	rm -rf $(VENV) .venv-peers .dagster_home build dist *.egg-info

@@ -57,7 +57,7 @@ SLOT_POLL_SECONDS = 0.25
 
 T = TypeVar("T")
 
-_HEALTHY = "git rev-parse HEAD > /dev/null && touch .git/healthy && rm .git/healthy"
+_HEALTHY = "git rev-parse HEAD > /dev/null && true > .git/healthy && rm .git/healthy"
 
 
 class ForkLife:

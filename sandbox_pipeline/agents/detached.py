@@ -86,8 +86,10 @@ read -r ended rest < /proc/uptime
 watchdog=$!
 wait $out $err
 kill $watchdog 2>/dev/null
-dropped=$(cat stdout.dropped stderr.dropped 2>/dev/null | awk '{{n += $1}} END {{print n + 0}}')
-echo "$code $began $ended $dropped" > exit.tmp
+lost=0 more=0
+read -r lost < stdout.dropped
+read -r more < stderr.dropped
+echo "$code $began $ended $((lost + more))" > exit.tmp
 mv exit.tmp exit
 """
 

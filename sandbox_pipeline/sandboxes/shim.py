@@ -15,24 +15,29 @@ Ends once the other end of the lifeline is closed, which is when the supervisor 
 # ruff: noqa: PTH103, PTH104, PTH108, PTH118, PTH120, PTH123, PTH208 (pathlib is slow to import)
 from __future__ import annotations
 
-import contextlib
 import errno
-import json
 import os
 import select
-import signal
-import socket
 import stat
 import struct
 import sys
 import time
 
+# The C modules beneath signal, socket and json: those alone make up most of a sandbox's start,
+# by what they import for features that are not used here.
+from _json import encode_basestring_ascii, make_scanner
+from _socket import MSG_DONTWAIT, MSG_PEEK
+from _socket import socket as Socket  # noqa: N812
+
 TYPE_CHECKING = False  # as type checkers know it; the module typing takes 3 ms to import
 if TYPE_CHECKING:
+    import signal
     from types import ModuleType
     from typing import Any, NoReturn
 
     Message = dict[str, Any]
+else:
+    import _signal as signal
 
 LENGTHS = struct.Struct(">IQ")
 CHUNK = 1 << 16
@@ -48,11 +53,57 @@ SMALL_REQUEST_BYTES = 8192
 SMALL_ANSWER_BYTES = 1 << 16
 
 
+class Ignored:
+    """As contextlib.suppress, which takes longer to import than most requests take."""
+
+    def __init__(self, *kinds: type[Exception]) -> None:
+        self.kinds = kinds
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        return kind is not None and issubclass(kind, self.kinds)
+
+
+class _Rules:
+    """What JSON's scanner asks of a decoder."""
+
+    strict = True
+    object_hook = object_pairs_hook = None
+    parse_float = parse_constant = float
+    parse_int = int
+
+
+_scan = make_scanner(_Rules)  # pyright: ignore[reportArgumentType] (a decoder, says typeshed)
+
+
+def _parsed(data: bytes) -> Message:
+    try:
+        return _scan(data.decode("ascii"), 0)[0]
+    except StopIteration as error:
+        message = "not JSON"
+        raise ValueError(message) from error
+
+
+def _written(header: Message) -> bytes:
+    """A flat mapping as JSON."""
+    words = {True: "true", False: "false", None: "null"}
+    parts: list[str] = []
+    for name, value in header.items():
+        if isinstance(value, str):
+            text = encode_basestring_ascii(value)
+        else:
+            text = words[value] if value is None or isinstance(value, bool) else repr(value)
+        parts.append(f"{encode_basestring_ascii(name)}: {text}")
+    return f"{{{', '.join(parts)}}}".encode("ascii")
+
+
 def main() -> None:
     """Serve until killed or until the supervisor is gone."""
     # Set by bubblewrap; it would be wrong for a command that runs elsewhere.
     os.environ.pop("PWD", None)
-    listener = socket.socket(fileno=int(sys.argv[1]))
+    listener = Socket(fileno=int(sys.argv[1]))
     lifeline = int(sys.argv[2])
     direct = _is_direct()
     listener.settimeout(None)
@@ -70,7 +121,8 @@ def main() -> None:
                 _descendants().kill_descendants()
             return
         try:
-            connection = listener.accept()[0]
+            # Its own accept is made by the module socket.
+            connection = Socket(fileno=listener._accept()[0])  # pyright: ignore[reportAttributeAccessIssue, reportUnknownArgumentType]
         except OSError:
             time.sleep(0.05)
             continue
@@ -100,7 +152,7 @@ def _session(leader: int) -> list[int]:
     """The processes of a session that still run."""
     found: list[int] = []
     for pid in _pids():
-        with contextlib.suppress(OSError, IndexError, ValueError):
+        with Ignored(OSError, IndexError, ValueError):
             state, _, _, session = _stat_fields(pid)[:4]
             if int(session) == leader and state != "Z":
                 found.append(int(pid))
@@ -113,14 +165,14 @@ def _stat_fields(pid: str) -> list[str]:
 
 
 def _reap(_signum: int, _frame: object) -> None:
-    with contextlib.suppress(ChildProcessError):
+    with Ignored(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
 
 
-def _serve_apart(connection: socket.socket, listener: socket.socket) -> None:
+def _serve_apart(connection: Socket, listener: Socket) -> None:
     request = None
-    with contextlib.suppress(OSError, EOFError, ValueError):
+    with Ignored(OSError, EOFError, ValueError):
         request = _small_request(connection)
         if request is not None and _serve_at_once(connection, request):
             connection.close()
@@ -142,13 +194,13 @@ def _serve_apart(connection: socket.socket, listener: socket.socket) -> None:
         os._exit(0)
 
 
-def _small_request(connection: socket.socket) -> Message | None:
+def _small_request(connection: Socket) -> Message | None:
     """A request without body, if one is there already; None leaves all of it to be received."""
     poll = select.poll()
     poll.register(connection, select.POLLIN)
     if not poll.poll(AT_ONCE_MS):
         return None
-    flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+    flags = MSG_PEEK | MSG_DONTWAIT
     waiting = connection.recv(SMALL_REQUEST_BYTES, flags)
     if len(waiting) < LENGTHS.size:
         return None
@@ -156,10 +208,10 @@ def _small_request(connection: socket.socket) -> Message | None:
     if body_length or len(waiting) < LENGTHS.size + header_length:
         return None
     data = _receive(connection, LENGTHS.size + header_length)
-    return json.loads(data[LENGTHS.size :])
+    return _parsed(data[LENGTHS.size :])
 
 
-def _serve_at_once(connection: socket.socket, request: Message) -> bool:
+def _serve_at_once(connection: Socket, request: Message) -> bool:
     """Answer what can't block and fits into the socket's buffer, without a process of its own.
 
     An agent's output is asked for many times a second; a process each would cost more than the
@@ -181,14 +233,14 @@ def _serve_at_once(connection: socket.socket, request: Message) -> bool:
     return False
 
 
-def _serve(connection: socket.socket, request: Message | None, *, may_fork: bool) -> None:
-    with contextlib.suppress(OSError, EOFError):
+def _serve(connection: Socket, request: Message | None, *, may_fork: bool) -> None:
+    with Ignored(OSError, EOFError):
         connection.settimeout(TRANSFER_SECONDS)
         header_length = body_length = 0
         try:
             if request is None:
                 header_length, body_length = LENGTHS.unpack(_receive(connection, LENGTHS.size))
-            asked: Message = request or json.loads(_receive(connection, header_length))
+            asked: Message = request or _parsed(_receive(connection, header_length))
             header, body = _answer(connection, asked, body_length, may_fork=may_fork)
         except (OSError, ValueError, TypeError, KeyError) as error:
             header, body = _failure(error), b""
@@ -201,13 +253,13 @@ def _failure(error: Exception) -> Message:
     return {"error": "EINVAL", "message": str(error)}
 
 
-def _send(connection: socket.socket, header: Message, body: bytes) -> None:
-    data = json.dumps(header).encode("ascii")
+def _send(connection: Socket, header: Message, body: bytes) -> None:
+    data = _written(header)
     connection.sendall(LENGTHS.pack(len(data), len(body)) + data + body)
 
 
 def _answer(
-    connection: socket.socket, request: Message, body_length: int, *, may_fork: bool
+    connection: Socket, request: Message, body_length: int, *, may_fork: bool
 ) -> tuple[Message, bytes]:
     op = request["op"]
     if op == "write":
@@ -226,7 +278,7 @@ def _answer(
     raise ValueError(message)
 
 
-def _receive(connection: socket.socket, length: int) -> bytes:
+def _receive(connection: Socket, length: int) -> bytes:
     data = bytearray()
     while len(data) < length:
         part = connection.recv(min(1 << 20, length - len(data)))
@@ -254,7 +306,7 @@ def _read(path: str, offset: int, limit: int) -> bytes:
         os.close(fd)
 
 
-def _write(path: str, connection: socket.socket, length: int) -> None:
+def _write(path: str, connection: Socket, length: int) -> None:
     folder = os.path.dirname(path)
     temporary = os.path.join(folder, f".sandbox-{os.getpid()}-{time.monotonic_ns():x}")
     left = length
@@ -277,7 +329,7 @@ def _write(path: str, connection: socket.socket, length: int) -> None:
             left -= len(_receive(connection, min(left, 1 << 20)))
         raise
     finally:
-        with contextlib.suppress(OSError):
+        with Ignored(OSError):
             os.unlink(temporary)
 
 
@@ -294,7 +346,7 @@ def _cpu_seconds() -> float:
     ticks = 0
     # Without isolation /proc shows those of the whole machine.
     for pid in map(str, _descendants().family(SHIM_PID)) if _is_direct() else _pids():
-        with contextlib.suppress(OSError, IndexError, ValueError):
+        with Ignored(OSError, IndexError, ValueError):
             ticks += sum(map(int, _stat_fields(pid)[11:15]))
     return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -324,7 +376,7 @@ class _Stream:
 class _Run:
     """One command, from its start to the answer."""
 
-    def __init__(self, connection: socket.socket, request: Message, stdin: bytes) -> None:
+    def __init__(self, connection: Socket, request: Message, stdin: bytes) -> None:
         self.connection = connection
         self.request = request
         self.stdin = memoryview(stdin)
@@ -439,11 +491,11 @@ class _Run:
         """Kill the command's session, again until no process of it is left."""
         end = time.monotonic() + GRACE_SECONDS
         while True:
-            with contextlib.suppress(OSError):
+            with Ignored(OSError):
                 os.killpg(self.pid, signal.SIGKILL)
             left = _session(self.pid)
             for pid in left:
-                with contextlib.suppress(OSError):
+                with Ignored(OSError):
                     os.kill(pid, signal.SIGKILL)
             self._reap()
             if (not left and self.exit_code is not None) or time.monotonic() > end:

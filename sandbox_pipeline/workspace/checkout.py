@@ -33,12 +33,13 @@ cd {STATE_DIR}
 rm -rf repo.git {WORKSPACE}
 git init --quiet --bare --initial-branch="$BRANCH" repo.git
 if [ -s shallow ]; then cp shallow repo.git/shallow; fi
-git -C repo.git fetch --quiet --no-tags ../base.bundle "refs/heads/$BRANCH:refs/heads/$BRANCH"
+git -C repo.git -c gc.auto=0 -c maintenance.auto=false fetch --quiet --no-tags ../base.bundle \\
+  "refs/heads/$BRANCH:refs/heads/$BRANCH"
 git -C repo.git update-ref "refs/heads/$BRANCH" "$COMMIT"
-git -c protocol.file.allow=always clone --quiet --no-checkout repo.git {WORKSPACE}
+git -c protocol.file.allow=always clone --quiet --no-checkout \\
+  --config user.name="$AUTHOR" --config user.email="$AUTHOR@sandbox-pipeline.invalid" \\
+  repo.git {WORKSPACE}
 cd {WORKSPACE}
-git config user.name "$AUTHOR"
-git config user.email "$AUTHOR@sandbox-pipeline.invalid"
 git remote remove origin
 git -c core.hooksPath=/dev/null checkout --quiet -B "$BRANCH" "$COMMIT"
 rm -f {STATE_DIR}/base.bundle
@@ -52,7 +53,9 @@ rm -f "$GIT_INDEX_FILE" "$GIT_INDEX_FILE.lock"
 git read-tree "$COMMIT"
 git add --all .
 git diff --cached --binary --no-ext-diff --no-textconv --no-color "$COMMIT" > {STATE_DIR}/patch
-git diff --cached --no-ext-diff --shortstat "$COMMIT"
+if [ ! -s {STATE_DIR}/patch ]; then echo; else
+  git diff --cached --no-ext-diff --shortstat "$COMMIT"
+fi
 stat -c %s {STATE_DIR}/patch
 """
 
