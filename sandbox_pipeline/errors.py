@@ -29,7 +29,9 @@ class ErrorKind(StrEnum):
     AUTH = "auth"
     """The credential is missing, wrong or lacks the right (401, 403)."""
     INVALID = "invalid"
-    """The request can never succeed as it stands (400, 404 for a template, 409 without a match)."""
+    """The request can never succeed as it stands (400, 409 without a match, 501)."""
+    MISSING = "missing"
+    """The template or snapshot to create from does not exist (404); nothing was created."""
     RATE_LIMITED = "rate_limited"
     """Too many requests or too many sandboxes (429); nothing was created."""
     UNAVAILABLE = "unavailable"
@@ -66,6 +68,7 @@ POLICIES: dict[ErrorKind, Policy] = {
     # kind                             retry  reconcile fatal  failure_class
     ErrorKind.AUTH: Policy(False, False, True, FailureClass.AUTH),
     ErrorKind.INVALID: Policy(False, False, True, FailureClass.CONFIG),
+    ErrorKind.MISSING: Policy(False, False, True, FailureClass.CONFIG),
     ErrorKind.RATE_LIMITED: Policy(True, False, False, FailureClass.RATE_LIMITED),
     ErrorKind.UNAVAILABLE: Policy(True, False, False, FailureClass.CREATION_FAILED),
     ErrorKind.AMBIGUOUS: Policy(True, True, False, FailureClass.CREATION_FAILED),

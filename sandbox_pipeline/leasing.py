@@ -7,7 +7,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from sandbox_pipeline.agents.base import EXCHANGE_DIR, UsesModelApi
@@ -30,6 +30,19 @@ BeforeAttempt = Callable[[], Awaitable[int]]
 """Counts an attempt durably and gives its number, from 1."""
 AfterFailure = Callable[[int, ProviderError], Awaitable[None]]
 """Hears of an attempt that failed."""
+
+
+@dataclass(frozen=True)
+class Created:
+    """A live sandbox with its lease.
+
+    Attributes:
+        base: the snapshot that it is a copy of; None for a plain one.
+    """
+
+    lease: Lease
+    sandbox: Sandbox
+    base: str | None
 
 
 def new_lease(
@@ -76,10 +89,11 @@ async def create(
     base: str | None,
     before_attempt: BeforeAttempt,
     after_failure: AfterFailure,
-) -> tuple[Lease, Sandbox]:
+) -> Created:
     """Turn a stored intent into a live sandbox, with the retries that the errors' table allows.
 
-    When it raises, the lease is gone, or `UNKNOWN` where not even the list could be read.
+    Where the snapshot `base` no longer exists, a plain sandbox is created in its place. When it
+    raises, the lease is gone, or `UNKNOWN` where not even the list could be read.
 
     Raises:
         ProviderError: no attempt is left, or none makes sense.
@@ -87,7 +101,7 @@ async def create(
         StoreError: the sandbox could not be written down; it was ended.
     """
     retry = orchestration.config.retry
-    spec = await _spec(runtime, orchestration, lease, network, base)
+    spec: SandboxSpec = await _spec(runtime, orchestration, lease, network, base)
     pending: int | None = permit
     while True:
         attempt = await before_attempt()
@@ -96,7 +110,8 @@ async def create(
         # A server may remember a failure by the key, and would repeat it.
         spec = replace(spec, idempotency_key=f"{lease.lease_id}-{attempt}")
         try:
-            return await shielded(_permitted(runtime, pending, _create_once(runtime, lease, spec)))
+            once = _create_once(runtime, lease, spec)
+            live, sandbox = await shielded(_permitted(runtime, pending, once))
         except ProviderError as error:
             pending = None
             await after_failure(attempt, error)
@@ -104,14 +119,20 @@ async def create(
                 logger.warning("trying without injected headers, maybe unknown here: %s", error)
                 spec = replace(spec, model_headers={})
                 continue
+            if error.kind is ErrorKind.MISSING and spec.base is not None:
+                logger.warning("a plain sandbox instead of a copy of %s: %s", spec.base, error)
+                spec = replace(spec, base=None)
+                continue
             if error.policy.reconcile:
                 found = await _reconcile(runtime, lease, retry)
                 if found is not None:
-                    return found
+                    return Created(*found, base=spec.base)
             pause = next_pause(retry, error, attempt)
             if pause is None:
                 await _now_gone(runtime, lease, f"never created: {error}")
                 raise
+        else:
+            return Created(live, sandbox, base=spec.base)
         await asyncio.sleep(pause)
 
 

@@ -346,7 +346,7 @@ class ForkLife:
             payload = {"attempt": attempt, "kind": error.kind.value, "reason": short(str(error))}
             await self._journal.event("sandbox-creation-failed", payload)
 
-        lease, sandbox = await leasing.create(
+        created = await leasing.create(
             self._runtime,
             orchestration,
             lease,
@@ -356,15 +356,16 @@ class ForkLife:
             before_attempt=before_attempt,
             after_failure=after_failure,
         )
+        sandbox_id = created.lease.sandbox_id
         await self._journal.change(
-            lambda it: it.evolve(sandbox_id=lease.sandbox_id, sandbox_state=SandboxState.LIVE)
+            lambda it: it.evolve(sandbox_id=sandbox_id, sandbox_state=SandboxState.LIVE)
         )
-        await preparation.put(
-            SteadySandbox(sandbox, orchestration.config.retry), orchestration, self._ref.fork_num
-        )
+        if created.base is None:
+            sandbox = SteadySandbox(created.sandbox, orchestration.config.retry)
+            await preparation.put(sandbox, orchestration, self._ref.fork_num)
         seconds = time.monotonic() - began
 
-        def created(fork: Fork) -> Fork:
+        def ready(fork: Fork) -> Fork:
             total = (fork.timings.create_seconds or 0.0) + seconds
             return fork.evolve(
                 stage=Stage.HEALTH,
@@ -372,9 +373,9 @@ class ForkLife:
             )
 
         return await self._journal.change(
-            created,
+            ready,
             "sandbox-created",
-            {"sandbox_id": lease.sandbox_id, "create_seconds": round(seconds, 3)},
+            {"sandbox_id": sandbox_id, "create_seconds": round(seconds, 3)},
         )
 
     async def _check(self, fork: Fork, orchestration: Orchestration) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from pathlib import Path
 from typing import cast
@@ -70,10 +71,11 @@ async def pin_base(runtime: Runtime, orchestration: Orchestration) -> Orchestrat
 async def prepare(runtime: Runtime, orchestration: Orchestration, run_id: str) -> Orchestration:
     """Run `setup_command` once, in a sandbox of its own, and keep the result for all forks.
 
-    Where the provider can't copy sandboxes, nothing is kept and each fork runs it itself.
+    Where no copy can be had, nothing is kept and each fork runs it itself.
 
     Raises:
-        AgentError: `SETUP_FAILED` with the end of the command's output.
+        AgentError: `SETUP_FAILED` with the end of the command's output, or because the forks may
+            not have the network that it needs.
         ProviderError: no sandbox could be had.
     """
     config = orchestration.config
@@ -87,7 +89,7 @@ async def prepare(runtime: Runtime, orchestration: Orchestration, run_id: str) -
     if admitted is None:
         msg = "forks of an earlier run still hold all slots"
         raise ProviderError(ErrorKind.UNAVAILABLE, msg)
-    tries = iter(range(1, config.retry.attempts + 1))
+    tries = itertools.count(1)
 
     async def before_attempt() -> int:
         return next(tries)
@@ -95,7 +97,7 @@ async def prepare(runtime: Runtime, orchestration: Orchestration, run_id: str) -
     async def after_failure(attempt: int, error: ProviderError) -> None:
         logger.warning("base sandbox, attempt %d: %s", attempt, error)
 
-    live, sandbox = await leasing.create(
+    created = await leasing.create(
         runtime,
         orchestration,
         admitted,
@@ -106,13 +108,13 @@ async def prepare(runtime: Runtime, orchestration: Orchestration, run_id: str) -
         after_failure=after_failure,
     )
     try:
-        steady = SteadySandbox(sandbox, config.retry)
+        steady = SteadySandbox(created.sandbox, config.retry)
         await steady.extend(config.setup_timeout_seconds + config.sandbox.orphan_grace_seconds)
         await put_repository(steady, _base(orchestration), "base")
         await _run_setup(steady, config)
-        name = await _snapshot(runtime, orchestration, sandbox)
+        name = await _snapshot(runtime, orchestration, created.sandbox)
     finally:
-        await leasing.end(runtime, live, config.retry, note="base prepared")
+        await leasing.end(runtime, created.lease, config.retry, note="base prepared")
     if name is None:
         return orchestration
     return await runtime.store.update(
@@ -140,14 +142,14 @@ async def discard_base(runtime: Runtime, orchestration: Orchestration) -> Orches
 
 
 async def put(sandbox: Sandbox, orchestration: Orchestration, fork_num: int) -> None:
-    """Make a fork's workspace ready, unless the sandbox was copied from the prepared base.
+    """Make a workspace ready in a sandbox that is no copy of the prepared base.
 
     Raises:
         AgentError: `SETUP_FAILED`.
         ProviderError: the sandbox failed.
     """
-    if orchestration.base_snapshot is not None:
-        return
+    if orchestration.config.setup_command is not None:
+        _check_setup_network(orchestration, "the prepared snapshot is gone")
     await put_repository(sandbox, _base(orchestration), f"fork-{fork_num}")
     if orchestration.config.setup_command is not None:
         await _run_setup(sandbox, orchestration.config)
@@ -156,6 +158,18 @@ async def put(sandbox: Sandbox, orchestration: Orchestration, fork_num: int) -> 
 def _setup_network(orchestration: Orchestration) -> Network:
     wanted = orchestration.config.sandbox.setup_network
     return network_of(orchestration) if wanted == "same" else wanted
+
+
+def _check_setup_network(orchestration: Orchestration, why: str) -> None:
+    """A fork's own sandbox keeps the network that it was created with."""
+    wanted, own = _setup_network(orchestration), network_of(orchestration)
+    if wanted != own:
+        msg = (
+            f"{why}, so each fork would have to run setup_command itself, whose "
+            f"sandbox.setup_network is {wanted} while the forks' network is {own}: set "
+            f"sandbox.network to {wanted}, or use a sandbox.template that needs no setup_command"
+        )
+        raise AgentError(FailureClass.SETUP_FAILED, msg)
 
 
 async def _run_setup(sandbox: Sandbox, config: OrchestrationConfig) -> None:
@@ -176,10 +190,12 @@ async def _snapshot(runtime: Runtime, orchestration: Orchestration, sandbox: San
     try:
         return await patiently(orchestration.config.retry, lambda: provider.snapshot(sandbox))
     except ProviderError as error:
-        if error.kind is not ErrorKind.INVALID:
+        if error.policy.fatal and error.kind is not ErrorKind.INVALID:
             raise
-        logger.warning("each fork runs setup_command itself: %s", error)
-        return None
+        why = str(error)
+    _check_setup_network(orchestration, why)
+    logger.warning("each fork runs setup_command itself: %s", why)
+    return None
 
 
 def _base(orchestration: Orchestration) -> Base:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import re
 import time
@@ -327,7 +328,7 @@ async def fresh_sandbox(
 ) -> AsyncGenerator[Sandbox]:
     """A sandbox at the base commit, after `setup_command`, which ends with the block."""
     config = orchestration.config
-    tries = iter(range(1, config.retry.attempts + 1))
+    tries = itertools.count(1)
 
     async def before_attempt() -> int:
         return next(tries)
@@ -335,7 +336,7 @@ async def fresh_sandbox(
     async def after_failure(attempt: int, error: ProviderError) -> None:
         logger.warning("fresh sandbox of %s, attempt %d: %s", lease.key, attempt, error)
 
-    live, plain = await leasing.create(
+    created = await leasing.create(
         runtime,
         orchestration,
         lease,
@@ -345,15 +346,18 @@ async def fresh_sandbox(
         before_attempt=before_attempt,
         after_failure=after_failure,
     )
-    sandbox = SteadySandbox(plain, config.retry)
+    sandbox = SteadySandbox(created.sandbox, config.retry)
     beat = asyncio.create_task(_keep_alive(sandbox, config.sandbox.orphan_grace_seconds))
     try:
-        await preparation.put(sandbox, orchestration, lease.fork_num or 0)
+        if created.base is None:
+            await preparation.put(sandbox, orchestration, lease.fork_num or 0)
         yield sandbox
     finally:
         beat.cancel()
         await asyncio.wait({beat})
-        await leasing.shielded(leasing.end(runtime, live, config.retry, note="no longer needed"))
+        await leasing.shielded(
+            leasing.end(runtime, created.lease, config.retry, note="no longer needed")
+        )
 
 
 async def _keep_alive(sandbox: Sandbox, grace_seconds: float) -> None:

@@ -84,6 +84,7 @@ async def test_all_forks_succeed_with_their_own_patches(
     [
         (ErrorKind.AUTH, 1, "auth"),
         (ErrorKind.INVALID, 1, "config"),
+        (ErrorKind.MISSING, 1, "config"),
         (ErrorKind.RATE_LIMITED, 3, "rate_limited"),
         (ErrorKind.UNAVAILABLE, 3, "creation_failed"),
         (ErrorKind.AMBIGUOUS, 3, "creation_failed"),

@@ -178,7 +178,8 @@ class SandboxProvider(Protocol):
         """Create one sandbox and return once it takes commands.
 
         Raises:
-            ProviderError: `AMBIGUOUS` unless it is certain that nothing was created.
+            ProviderError: `AMBIGUOUS` unless it is certain that nothing was created; `MISSING`
+                where there is no such template or snapshot.
         """
         ...
 

@@ -61,7 +61,7 @@ NOT_SENT = _always(ErrorKind.UNAVAILABLE)
 DOUBTFUL = Meaning(ErrorKind.AMBIGUOUS, ErrorKind.UNAVAILABLE, ErrorKind.UNAVAILABLE)
 FULL = Meaning(ErrorKind.AMBIGUOUS, ErrorKind.EXHAUSTED, ErrorKind.UNAVAILABLE)
 ENDED = Meaning(ErrorKind.AMBIGUOUS, ErrorKind.GONE, ErrorKind.UNAVAILABLE)
-MISSING = Meaning(ErrorKind.INVALID, ErrorKind.GONE, ErrorKind.INVALID)
+NOT_FOUND = Meaning(ErrorKind.MISSING, ErrorKind.GONE, ErrorKind.INVALID)
 
 # The first row whose name is among those of the exception and its bases.
 EXCEPTIONS: tuple[tuple[str, Meaning], ...] = (
@@ -83,11 +83,12 @@ STATUSES: Mapping[int, Meaning] = {
     401: AUTH,
     402: AUTH,
     403: AUTH,
-    404: MISSING,
+    404: NOT_FOUND,
     408: DOUBTFUL,
     409: DOUBTFUL,
     425: DOUBTFUL,
     429: RATE_LIMITED,
+    501: INVALID,
 }
 OTHER_4XX = INVALID
 OTHERWISE = DOUBTFUL
@@ -131,9 +132,7 @@ def _meaning(error: BaseException, answer: _Answer | None) -> Meaning:
     status = answer.status_code if answer is not None else getattr(error, "status_code", None)
     if not isinstance(status, int):
         return OTHERWISE
-    if 400 <= status < 500:
-        return STATUSES.get(int(status), OTHER_4XX)
-    return OTHERWISE
+    return STATUSES.get(int(status), OTHER_4XX if 400 <= status < 500 else OTHERWISE)
 
 
 def _answer(error: BaseException) -> _Answer | None:

@@ -198,7 +198,7 @@ class LocalProvider:
             source = self._base(spec.base) / "home"
             if not source.is_dir():
                 message = f"snapshot {spec.base!r} does not exist"
-                raise ProviderError(ErrorKind.INVALID, message)
+                raise ProviderError(ErrorKind.MISSING, message)
             await _run_to_end(copy_command(source, folder.home))
         for inside in (WORKSPACE, STATE_DIR):
             with contextlib.suppress(FileExistsError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -30,41 +30,36 @@ def creates(server: E2BServer) -> int:
     return len(server.ledger.requests("POST", "/v2/sandboxes"))
 
 
+RETRY_AFTER_2 = api_error(429, "slow", **CREATE, headers={"retry-after": "2"})
+RETRY_AFTER_120 = api_error(429, "slow", **CREATE, headers={"retry-after": "120"}, times=0)
+MALFORMED: dict[str, Any] = {**CREATE, "when": "after", "status": 201}
+
+
 @pytest.mark.parametrize(
     ("row", "fault", "outcome", "failure_class", "posts"),
     [
-        ("1", api_error(401, "bad", **CREATE, times=0), "failed", "auth", 1),
-        ("1", api_error(403, "no right", **CREATE, times=0), "failed", "auth", 1),
         ("2", api_error(400, "bad request", **CREATE, times=0), "failed", "config", 1),
         ("2", api_error(404, "no template", **CREATE, times=0), "failed", "config", 1),
         ("3", api_error(409, "exists", **CREATE), "success", None, 2),
-        (
-            "4",
-            api_error(429, "slow", **CREATE, headers={"retry-after": "2"}),
-            "success",
-            None,
-            2,
-        ),
+        ("3", api_error(409, "exists", **CREATE, when="after"), "success", None, 1),
+        ("4", RETRY_AFTER_2, "success", None, 2),
         ("4", api_error(429, "slow", **CREATE), "success", None, 2),
-        (
-            "4",
-            api_error(429, "slow", **CREATE, headers={"retry-after": "120"}, times=0),
-            "failed",
-            "rate_limited",
-            1,
+        ("4", api_error(429, "slow", **CREATE, times=0), "failed", "rate_limited", 3),
+        ("4", RETRY_AFTER_120, "failed", "rate_limited", 1),
+        *(
+            ("5", api_error(status, "no", **CREATE, times=0), "failed", "creation_failed", 3)
+            for status in (500, 502, 503, 504, 529)
         ),
-        ("5", api_error(500, "oops", **CREATE, times=0), "failed", "creation_failed", 3),
-        ("5", api_error(502, "oops", **CREATE), "success", None, 2),
-        ("5", api_error(503, "oops", **CREATE), "success", None, 2),
-        ("5", api_error(504, "oops", **CREATE), "success", None, 2),
-        ("5", api_error(529, "busy", **CREATE), "success", None, 2),
+        ("5", api_error(503, "no", **CREATE, times=2), "success", None, 3),
+        ("5", api_error(500, "made it", **CREATE, when="after"), "success", None, 1),
         ("7", Fault(**CREATE, when="after", drop=True), "success", None, 1),
-        ("8", Fault(**CREATE, when="after", status=201, body='{"sandboxID":'), "success", None, 1),
-        ("8", Fault(**CREATE, when="after", status=201, body="[]"), "success", None, 1),
-        ("19", Fault(**KILL, when="before", status=404, body="{}", times=1), "success", None, 1),
+        ("7", Fault(**CREATE, drop=True), "success", None, 2),
+        ("8", Fault(**MALFORMED, body='{"sandboxID":'), "success", None, 1),
+        ("8", Fault(**MALFORMED, body="[]"), "success", None, 1),
+        ("8", Fault(**MALFORMED, body=""), "success", None, 1),
+        ("19", Fault(**KILL, when="after", status=404, body="{}"), "success", None, 1),
         ("20", api_error(500, "kill", **KILL, times=2), "success", None, 1),
         ("42", Fault(**CREATE, status=500, body="<html>" + "x" * 10_000_000), "success", None, 2),
-        ("42", Fault(**CREATE, status=403, body=CANARY, times=0), "failed", "auth", 1),
     ],
 )
 async def test_one_fork_while_the_wire_misbehaves(
@@ -72,29 +67,80 @@ async def test_one_fork_while_the_wire_misbehaves(
     outcome: str, failure_class: str | None, posts: int,
 ) -> None:  # fmt: skip
     server.faults.add(fault)
-    if row == "19":
-        # The fault answers for the server; somebody else has ended the sandbox before.
-        server.faults.clear()
-        server.faults.add(Fault(**KILL, when="after", status=404, body="{}"))
     done = await driven(server, home, fields(repo, num_forks=1))
     [found] = done.rows
     assert (found["outcome"], found["failure_class"]) == (outcome, failure_class), found["message"]
-    assert creates(server) == posts
+    assert creates(server) == found["create_attempts"] == posts
+    assert len(server.ledger.created()) == (outcome == "success")
     assert len(str(found["message"])) <= 1000
-    if failure_class == "auth":
-        assert "E2B_API_KEY" in str(found["message"])
-        assert done.error is not None
-        assert "E2B_API_KEY" in done.error
+    if fault is RETRY_AFTER_2:
+        assert server.ledger.most_creates_in(2.0) == 1, "the header counts more than our pause"
+    if row in ("3", "5", "7", "8"):
+        assert server.ledger.requests("GET", "/v2/sandboxes"), "asked what became of it"
 
 
-async def test_a_slow_creation_is_taken_for_ambiguous_and_adopted(
-    server: E2BServer, home: Path, repo: Path
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_key_that_is_refused_stops_everything_and_is_named(
+    server: E2BServer, home: Path, repo: Path, status: int
 ) -> None:
-    server.faults.add(Fault(**CREATE, when="after", delay_seconds=4))
+    """Row 1, and row 42 too: the answer has a secret in it."""
+    server.faults.add(Fault(**CREATE, status=status, body=CANARY, times=0))
+    done = await driven(server, home, fields(repo, num_forks=5, max_concurrent=1))
+    assert creates(server) == 1, "no retry, and none for the other forks"
+    assert server.ledger.created() == []
+    found = [(row["outcome"], row["failure_class"]) for row in done.rows]
+    assert found == [("failed", "auth")] * 5
+    assert all("E2B_API_KEY" in str(row["message"]) for row in done.rows)
+    assert done.error is not None
+    assert done.error.startswith("auth: ")
+    assert f"HTTP {status}" in done.error
+    assert "E2B_API_KEY" in done.error
+    assert done.summary["failed"] == 5
+
+
+async def test_a_life_that_the_account_may_not_have_is_a_configuration_error(
+    home: Path, repo: Path
+) -> None:
+    async with E2BServer(limits=Limits(max_ttl_seconds=3600)) as server:
+        long = {"provider": "e2b", "orphan_grace_seconds": 7200}
+        done = await driven(server, home, fields(repo, num_forks=3, sandbox=long, max_concurrent=1))
+        assert {(row["outcome"], row["failure_class"]) for row in done.rows} == {
+            ("failed", "config")
+        }
+        assert creates(server) == 1
+        assert "greater than 1 hours" in str(done.error)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_a_slow_creation_is_reconciled_and_leaves_one_sandbox_at_most(
+    server: E2BServer, home: Path, repo: Path, when: Literal["before", "after"]
+) -> None:
+    """Created by the time we stopped waiting, it is adopted; else another is tried."""
+    server.faults.add(Fault(**CREATE, when=when, delay_seconds=4))
     slow = {"provider": "e2b", "start_timeout_seconds": 1.5}
     done = await driven(server, home, fields(repo, num_forks=1, sandbox=slow))
     assert [row["outcome"] for row in done.rows] == ["success"]
-    assert server.ledger.max_live(workflow_id="w") <= 2
+    assert server.ledger.requests("GET", "/v2/sandboxes"), "asked what became of it"
+    assert creates(server) == (1 if when == "after" else 2)
+    assert len(server.ledger.created()) == server.ledger.max_live() == 1
+
+
+async def test_a_sandbox_that_shows_up_after_we_asked_for_it_ends_with_its_fork(
+    server: E2BServer, home: Path, repo: Path
+) -> None:
+    """The list did not have it yet, and a second one was created for the fork."""
+    server.faults.add(Fault(**CREATE, drop=True))
+    agent: dict[str, Any] = {"command": "sleep 2", "env_from": []}
+    async with opened(home, server.environ) as runtime:
+        running = asyncio.create_task(drive(runtime, fields(repo, num_forks=1, agent=agent), "w"))
+        while not server.ledger.created(workflow_id="w"):
+            await asyncio.sleep(0.02)
+        [mine] = server.ledger.entries("created")
+        [late] = server.add_rows(1, mine.metadata)
+        done = await running
+    assert [row["outcome"] for row in done.rows] == ["success"]
+    assert late in {entry.sandbox_id for entry in server.ledger.entries("killed")}
+    assert server.ledger.live() == []
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

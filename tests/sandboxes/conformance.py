@@ -364,13 +364,13 @@ class ProviderConformance:
         for copy in copies:
             await provider.kill(copy.sandbox_id)
 
-    async def test_unknown_base_is_invalid(
+    async def test_unknown_base_is_missing(
         self, provider: SandboxProvider, make_spec: MakeSpec
     ) -> None:
         lease_id = fresh_lease_id()
         with pytest.raises(ProviderError) as caught:
             await provider.create(make_spec(lease_id=lease_id, base="base-of-nothing"))
-        assert caught.value.kind is ErrorKind.INVALID
+        assert caught.value.kind is ErrorKind.MISSING
         assert await ids(provider, {"lease_id": lease_id}) == set()
 
     async def test_creating_again_under_a_lease_makes_no_second(

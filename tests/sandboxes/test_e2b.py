@@ -465,7 +465,7 @@ async def test_discarded_snapshot_is_gone_and_may_be_discarded_again(
     await provider.discard(base)
     with pytest.raises(ProviderError) as caught:
         await provider.create(spec_of(base=base))
-    assert caught.value.kind is ErrorKind.INVALID
+    assert caught.value.kind is ErrorKind.MISSING
 
 
 async def test_each_try_has_its_own_key_where_one_is_given(

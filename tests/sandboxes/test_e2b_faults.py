@@ -85,12 +85,12 @@ class TestRefusedForGood1And2:
         assert caught.value.kind is ErrorKind.AUTH
         assert "e2b_wrong_wrong" not in str(caught.value)
 
-    async def test_unknown_template_is_invalid_and_named(
+    async def test_unknown_template_is_missing_and_named(
         self, server: E2BServer, provider: E2BProvider
     ) -> None:
         with pytest.raises(ProviderError, match="no-such-template") as caught:
             await provider.create(spec_of(base="no-such-template"))
-        assert caught.value.kind is ErrorKind.INVALID
+        assert caught.value.kind is ErrorKind.MISSING
         assert posts(server) == 1
 
     async def test_too_long_a_life_is_invalid(self) -> None:
@@ -104,7 +104,7 @@ class TestRefusedForGood1And2:
                 await sandbox.extend(7200)
             assert caught.value.kind is ErrorKind.INVALID
 
-    @pytest.mark.parametrize("status", [400, 404, 422])
+    @pytest.mark.parametrize("status", [400, 422, 501])
     async def test_other_refusals_are_invalid(
         self, server: E2BServer, provider: E2BProvider, status: int
     ) -> None:
@@ -290,7 +290,7 @@ class TestBodies42:
             (401, ErrorKind.AUTH),
             (403, ErrorKind.AUTH),
             (400, ErrorKind.INVALID),
-            (404, ErrorKind.INVALID),
+            (404, ErrorKind.MISSING),
             (429, ErrorKind.RATE_LIMITED),
             (500, ErrorKind.AMBIGUOUS),
             (503, ErrorKind.AMBIGUOUS),
@@ -423,11 +423,12 @@ class TestSandboxOperations:
         with pytest.raises(ProviderError, match="no end"):
             await provider.list({})
 
+    @pytest.mark.parametrize("status", [404, 501])
     async def test_server_without_snapshots_is_invalid(
-        self, server: E2BServer, provider: E2BProvider, sandbox: Sandbox
+        self, server: E2BServer, provider: E2BProvider, sandbox: Sandbox, status: int
     ) -> None:
         server.faults.add(
-            Fault(path=".*/snapshots", status=404, body="404 page not found", headers=HTML)
+            Fault(path=".*/snapshots", status=status, body="page not found", headers=HTML)
         )
         with pytest.raises(ProviderError) as caught:
             await provider.snapshot(sandbox)
