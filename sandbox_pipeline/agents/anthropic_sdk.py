@@ -8,9 +8,10 @@ off goes on from there: no answer is paid for twice and no command run twice.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +22,7 @@ from sandbox_pipeline.agents.key_proxy import Credential, base_url, find_credent
 from sandbox_pipeline.agents.metering import Meter
 from sandbox_pipeline.agents.model_checks import check_model_api
 from sandbox_pipeline.agents.models import prices_from_environ, resolve_model
+from sandbox_pipeline.agents.raw_answer import RawAnswer
 from sandbox_pipeline.agents.sandbox_tools import TOOLS, SandboxTools, ToolAnswer
 from sandbox_pipeline.agents.transcript import TranscriptWriter
 from sandbox_pipeline.agents.usage import MessageUsage, as_list, as_mapping
@@ -90,8 +92,9 @@ class AnthropicAgent:
         conversation = await Conversation.load(sandbox, task, credential, meter)
         with TranscriptWriter(task.artifacts / "transcript.jsonl", task.redactor) as transcript:
             _write_history(transcript, task, conversation)
-            async with _client(url, credential) as client:
-                loop = _Loop(client, sandbox, task, reporter, conversation, transcript)
+            raw = RawAnswer()
+            async with _client(url, credential, raw) as client:
+                loop = _Loop(client, raw, sandbox, task, reporter, conversation, transcript)
                 result = await loop.run()
             result = result.model_copy(
                 update={
@@ -107,10 +110,15 @@ class AnthropicAgent:
 class _ApiError(Exception):
     """The model API's refusal, for people."""
 
+    def __init__(self, message: str, failure_class: FailureClass) -> None:
+        super().__init__(message)
+        self.failure_class = failure_class
+
 
 @dataclass
 class _Loop:
     client: anthropic.AsyncAnthropic
+    raw: RawAnswer
     sandbox: Sandbox
     task: Task
     reporter: Reporter
@@ -148,7 +156,7 @@ class _Loop:
             try:
                 await self._ask()
             except _ApiError as error:
-                return self._failed(str(error))
+                return self._result(Outcome.FAILED, str(error), error.failure_class)
 
     async def _act(self) -> AgentResult | None:
         """Do what the latest answer wants; the result once it wants no more."""
@@ -210,6 +218,7 @@ class _Loop:
 
         pause = FIRST_PAUSE_SECONDS
         for attempt in range(1, TRIES + 1):
+            failure_class = FailureClass.AGENT_FAILED
             try:
                 await self._answer()
                 return
@@ -221,11 +230,16 @@ class _Loop:
                 reason, wait, last = _unreachable(error), pause, False
             except _BrokenOffError:
                 reason, wait, last = "the model API broke off its answer", pause, False
+            except _UnreadableError as error:
+                said = self.raw.shown(self.task.redactor)
+                self.transcript.add("output", said, name="model API")
+                reason = f"the model API's answer can't be read ({error}): {said[:80]!r}"
+                failure_class, wait, last = FailureClass.BAD_RESULT, pause, False
             except anthropic.AnthropicError as error:
                 reason, wait, last = str(error)[:500], pause, True
             reason = self.task.redactor.text(reason)
             if last or attempt == TRIES:
-                raise _ApiError(reason)
+                raise _ApiError(reason, failure_class)
             payload = {"attempt": attempt, "reason": reason, "wait_seconds": wait}
             await self.reporter.event("agent-retried", payload)
             await asyncio.sleep(wait)
@@ -237,18 +251,20 @@ class _Loop:
         usage = MessageUsage()
         counted = False
         try:
-            async with self.client.messages.stream(
-                model=resolve_model(self.task.model),
-                max_tokens=MAX_ANSWER_TOKENS,
-                system=system,
-                messages=cast("Any", conversation.messages),
-                tools=cast("Any", TOOLS),
-                cache_control={"type": "ephemeral"},
-            ) as stream:
-                async for event in stream:
-                    if event.type in {"message_start", "message_delta", "message_stop"}:
-                        usage.event(event.to_dict())
-                message = await stream.get_final_message()
+            with _readable():
+                async with self.client.messages.stream(
+                    model=resolve_model(self.task.model),
+                    max_tokens=MAX_ANSWER_TOKENS,
+                    system=system,
+                    messages=cast("Any", conversation.messages),
+                    tools=cast("Any", TOOLS),
+                    cache_control={"type": "ephemeral"},
+                ) as stream:
+                    async for event in stream:
+                        if event.type in {"message_start", "message_delta", "message_stop"}:
+                            usage.event(event.to_dict(warnings=False))
+                    message = await stream.get_final_message()
+                content = _content(message.to_dict(warnings=False))
             if not usage.complete:
                 raise _BrokenOffError
             counted = self._count(usage)
@@ -257,8 +273,6 @@ class _Loop:
             if not counted:
                 self._count(usage)
             raise
-        blocks = map(as_mapping, as_list(message.to_dict().get("content")))
-        content = [kept_block(block) for block in blocks if block.get("text") != ""]
         conversation.add_answer(content, message.stop_reason or "end_turn")
         await conversation.save()
         for block in content:
@@ -302,7 +316,43 @@ class _BrokenOffError(Exception):
     """The stream ended without saying that it is complete."""
 
 
-def _client(url: str, credential: Credential) -> anthropic.AsyncAnthropic:
+class _UnreadableError(Exception):
+    """A successful answer that is none."""
+
+
+@contextlib.contextmanager
+def _readable() -> Generator[None]:
+    """Tell an answer that is malformed from errors that have a name.
+
+    The SDK checks nothing of an answer: it stumbles over what is missing in it.
+    """
+    import anthropic
+    import httpx2
+
+    try:
+        yield
+    except (anthropic.AnthropicError, httpx2.HTTPError):
+        raise
+    except Exception as error:
+        raise _UnreadableError(type(error).__name__) from error
+
+
+def _content(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The blocks of an answer, to be kept.
+
+    Raises:
+        TypeError: one lacks what is needed of it.
+    """
+    blocks = [as_mapping(block) for block in as_list(message.get("content"))]
+    for block in blocks:
+        needed = {"text": ("text",), "tool_use": ("id", "name")}.get(str(block.get("type")), ())
+        if not all(isinstance(block.get(name), str) for name in needed):
+            msg = f"malformed block of type {block.get('type')}"
+            raise TypeError(msg)
+    return [kept_block(block) for block in blocks if block.get("text") != ""]
+
+
+def _client(url: str, credential: Credential, raw: RawAnswer) -> anthropic.AsyncAnthropic:
     import anthropic
 
     api_key = credential.value if credential.variable == "ANTHROPIC_API_KEY" else None
@@ -312,6 +362,7 @@ def _client(url: str, credential: Credential) -> anthropic.AsyncAnthropic:
         base_url=url,
         max_retries=0,
         timeout=ANSWER_SECONDS,
+        http_client=raw.client(),
     )
 
 

@@ -15,11 +15,12 @@ import pytest
 from sandbox_pipeline.agents import anthropic_sdk
 from sandbox_pipeline.agents.anthropic_sdk import AnthropicAgent
 from sandbox_pipeline.agents.models import PRICES
+from sandbox_pipeline.agents.raw_answer import SHOWN_CHARS
 from sandbox_pipeline.agents.sandbox_tools import MAX_ANSWER_CHARACTERS
 from sandbox_pipeline.agents.transcript import read_transcript
 from sandbox_pipeline.config import AgentConfig
 from sandbox_pipeline.errors import AgentError, ConfigError, FailureClass
-from sandbox_pipeline.records import Outcome
+from sandbox_pipeline.records import Outcome, Usage
 from tests.agents.model_api import CANARY, Bench, Listener, bench, cost, files_with_secret
 from tests.servers.messages_server import (
     Ask,
@@ -159,7 +160,7 @@ async def test_large_output_and_unknown_tools_are_bounded_answers(tmp_path: Path
     [
         (Fault(status=401, message=f"bad key {CANARY}"), "401 authentication_error: bad key"),
         (Fault(status=404, message="model: x"), "404 not_found_error: model: x"),
-        (Fault(status=400, body=b"<html>" + b"x" * 2_000_000), "400"),
+        (Fault(status=400, body=b"<html>" + b"x" * 10_000_000), "400"),
         (Fault(status=429, headers={"retry-after": "120"}), "429 rate_limit_error"),
     ],
 )
@@ -203,6 +204,110 @@ async def test_fault_that_does_not_pass_fails_with_its_reason(tmp_path: Path) ->
         assert (result.outcome, result.failure_class) == (Outcome.FAILED, FailureClass.AGENT_FAILED)
         assert "529 overloaded_error" in result.message
         assert len(server.answers) == anthropic_sdk.TRIES
+
+
+def sse(*events: dict[str, Any]) -> bytes:
+    return b"".join(f"event: {e['type']}\ndata: {json.dumps(e)}\n\n".encode() for e in events)
+
+
+def begun(**message: Any) -> dict[str, Any]:
+    fields = {"id": "m", "role": "assistant", "model": "claude-sonnet-5-5"}
+    whole: dict[str, Any] = {"type": "message", "content": [], **fields, **message}
+    return {"type": "message_start", "message": whole}
+
+
+def block(index: int, **fields: Any) -> list[dict[str, Any]]:
+    start = {"type": "content_block_start", "index": index, "content_block": fields}
+    return [start, {"type": "content_block_stop", "index": index}]
+
+
+def piece(index: int, text: str) -> dict[str, Any]:
+    delta = {"type": "text_delta", "text": text}
+    return {"type": "content_block_delta", "index": index, "delta": delta}
+
+
+def ended(**usage: Any) -> list[dict[str, Any]]:
+    delta = {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": usage}
+    return [delta, {"type": "message_stop"}]
+
+
+USAGE = {"input_tokens": 5, "output_tokens": 1}
+TOOL = {"type": "tool_use", "name": "bash", "input": {"command": "touch ran"}}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>sign in with " + CANARY.encode(),
+        b"",
+        b"event: message_start\ndata: {not json\n\n",
+        b"event: message_start\ndata: []\n\n",
+        sse({"type": "message_start"}),
+        sse(begun(), *ended()),
+        sse(piece(0, "first")),
+        sse(begun(usage=USAGE), piece(7, "x"), *ended(output_tokens=1)),
+        sse(begun(usage=USAGE), *block(0, **TOOL), *ended(output_tokens=1)),
+        sse(begun(usage=USAGE), *block(0, type="text", text=None), *ended(output_tokens=1)),
+        sse(begun(usage=USAGE), *[piece(0, "x" * 100_000)] * 500, *ended(output_tokens=1)),
+    ],
+    ids=[
+        *("html", "empty", "no JSON", "list", "no message", "no usage", "no start", "no block"),
+        *("tool without id", "text that is none", "50 MB"),
+    ],
+)
+async def test_answer_that_is_none_is_a_bad_result_and_kept(tmp_path: Path, body: bytes) -> None:
+    config = agent_config()
+    headers = {"content-type": "text/html" if body[:1] == b"<" else "text/event-stream"}
+    faults = [Fault(status=200, body=body, headers=headers)] * 20
+    async with serving(tmp_path, EDITS, config, faults=faults) as (server, made):
+        result = await AnthropicAgent().run(made.sandbox, await made.task(config), Listener())
+        assert (result.outcome, result.failure_class) == (Outcome.FAILED, FailureClass.BAD_RESULT)
+        assert "answer can't be read" in result.message
+        assert len(result.message) < 500
+        assert len(server.answers) == anthropic_sdk.TRIES
+        assert (result.usage, result.cost_basis) == (Usage(), "unknown")
+        assert (await made.sh("test -e ran")).exit_code == 1
+        entries = read_transcript(made.artifacts / "transcript.jsonl")
+        kept = [entry.text for entry in entries if entry.name == "model API"]
+        assert len(kept) == anthropic_sdk.TRIES
+        assert kept[0][:10] == body[:10].decode()
+        assert len(kept[0]) <= SHOWN_CHARS
+        assert files_with_secret(made.artifacts) == []
+        assert CANARY not in result.message
+
+
+async def test_answer_that_is_none_is_tried_again(tmp_path: Path) -> None:
+    config = agent_config()
+    faults = [Fault(status=200, body=b"<html>", headers={"content-type": "text/html"})]
+    async with serving(tmp_path, EDITS, config, faults=faults) as (server, made):
+        result = await AnthropicAgent().run(made.sandbox, await made.task(config), Listener())
+        assert result.outcome is Outcome.SUCCESS, result
+        assert result.usage.cost_usd == pytest.approx(cost(server.answers[1:]))
+
+
+async def test_usage_that_is_negative_is_unknown(tmp_path: Path) -> None:
+    config = agent_config()
+    usage = {"input_tokens": -5, "output_tokens": -1}
+    body = sse(begun(usage=usage), *block(0, type="text", text="hi"), *ended(output_tokens=-2))
+    faults = [Fault(status=200, body=body, headers={"content-type": "text/event-stream"})]
+    async with serving(tmp_path, EDITS, config, faults=faults) as (_, made):
+        result = await AnthropicAgent().run(made.sandbox, await made.task(config), Listener())
+        assert (result.outcome, result.message) == (Outcome.SUCCESS, "hi")
+        assert (result.usage, result.cost_basis) == (Usage(), "unknown")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["-leading \"double\" 'single' $(touch ran) `touch ran` \\ \n\r\n\tend", "é" * 100_000],
+    ids=["odd", "200 kB"],
+)
+async def test_prompt_reaches_the_model_as_it_is(tmp_path: Path, prompt: str) -> None:
+    config = agent_config()
+    async with serving(tmp_path, steps(say("ok")), config) as (server, made):
+        task = await made.task(config, prompt=prompt)
+        await AnthropicAgent().run(made.sandbox, task, Listener())
+        [message] = server.answers[0].body["messages"]
+        assert [block["text"] for block in message["content"]] == [prompt]
 
 
 async def test_turns_and_budget_are_limits(tmp_path: Path) -> None:
