@@ -30,12 +30,26 @@ def find_claude(config: AgentConfig, environ: Mapping[str, str]) -> Path:
     """
     binary = native_program(_named(config, environ))
     version = _version(binary, binary.stat().st_mtime_ns)
+    check_version(str(binary), version, f"claude update, or {HOW_TO_INSTALL}")
+    return binary
+
+
+def parse_version(said: bytes) -> tuple[int, ...] | None:
+    """What `claude --version` said; None where that is no version."""
+    found = re.match(r"(\d{1,9})\.(\d{1,9})\.(\d{1,9})", said.decode("utf-8", "replace"))
+    return None if found is None else tuple(map(int, found.groups()))
+
+
+def check_version(where: str, version: tuple[int, ...], remedy: str) -> None:
+    """Refuse a version whose options are not known to protect from a hostile repository.
+
+    Raises:
+        ConfigError: naming what was found, what is needed and the remedy.
+    """
     if version < MIN_VERSION:
         found, needed = (".".join(map(str, parts)) for parts in (version, MIN_VERSION))
-        remedy = f"claude update, or {HOW_TO_INSTALL}"
-        msg = f"{binary}: Claude Code {found} is too old, {needed} or newer is needed: {remedy}"
+        msg = f"{where}: Claude Code {found} is too old, {needed} or newer is needed: {remedy}"
         raise ConfigError(msg)
-    return binary
 
 
 def check_claude(config: AgentConfig, environ: Mapping[str, str]) -> Check:
@@ -105,8 +119,8 @@ def _version(binary: Path, modified_ns: int) -> tuple[int, ...]:
     except (OSError, subprocess.TimeoutExpired) as error:
         msg = f"{binary}: can't be run: {error}"
         raise ConfigError(msg) from error
-    found = re.match(r"(\d+)\.(\d+)\.(\d+)", done.stdout.decode("utf-8", "replace"))
-    if found is None:
+    version = parse_version(done.stdout)
+    if version is None:
         msg = f"{binary}: --version gave no version; install Claude Code with {HOW_TO_INSTALL}"
         raise ConfigError(msg)
-    return tuple(map(int, found.groups()))
+    return version

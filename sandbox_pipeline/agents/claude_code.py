@@ -18,7 +18,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from sandbox_pipeline.agents.base import EXCHANGE_DIR, ModelApi, Reporter, Task
-from sandbox_pipeline.agents.claude_binary import check_claude, find_claude
+from sandbox_pipeline.agents.claude_binary import (
+    check_claude,
+    check_version,
+    find_claude,
+    parse_version,
+)
 from sandbox_pipeline.agents.claude_stream import (
     MAX_STREAM_LINE_BYTES,
     ClaudeStream,
@@ -52,6 +57,10 @@ PROXIED_RETRIES = "10"
 DIRECT_RETRIES = "3"
 """Without the proxy a wrong key is tried again as often, which a person waits for."""
 LAST_LINES = 5
+_FIND = (
+    f"if test -x {MOUNTED_BINARY}; then echo {MOUNTED_BINARY}; "
+    "else command -v claude && claude --version < /dev/null; fi"
+)
 
 
 class ClaudeCodeAgent:
@@ -193,14 +202,22 @@ async def _run(sandbox: Sandbox, task: Task, reporter: Reporter, route: _Route) 
 
 
 async def _program(sandbox: Sandbox) -> str:
-    script = f"test -x {MOUNTED_BINARY} && echo {MOUNTED_BINARY} || command -v claude"
-    found = await sandbox.run(Command(["sh", "-c", script]))
-    program = found.stdout.decode("utf-8", "replace").strip()
-    if found.exit_code != 0 or not program.startswith("/"):
+    found = await sandbox.run(Command(["sh", "-c", _FIND]))
+    program, _, version = found.stdout.partition(b"\n")
+    path = program.decode("utf-8", "replace")
+    if found.exit_code != 0 or not path.startswith("/"):
         remedy = "use a sandbox.template that has Claude Code on its PATH"
         msg = f"claude: not found in the sandbox; {remedy}"
         raise AgentError(FailureClass.CONFIG, msg)
-    return program
+    if path != MOUNTED_BINARY:
+        # One that was mounted has been looked at before.
+        remedy = "use a sandbox.template with a newer one, or install it by setup_command"
+        numbers = parse_version(version)
+        if numbers is None:
+            msg = f"{path} in the sandbox: --version gave no version; {remedy}"
+            raise AgentError(FailureClass.CONFIG, msg)
+        check_version(f"{path} in the sandbox", numbers, remedy)
+    return path
 
 
 def _arguments(task: Task, *, partial: bool) -> list[str]:

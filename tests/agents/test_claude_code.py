@@ -7,7 +7,6 @@ import contextlib
 import json
 import shlex
 import shutil
-import subprocess
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -21,7 +20,7 @@ from sandbox_pipeline.agents.claude_code import MOUNTED_BINARY, ClaudeCodeAgent
 from sandbox_pipeline.agents.transcript import read_transcript
 from sandbox_pipeline.config import AgentConfig
 from sandbox_pipeline.errors import AgentError, ConfigError, FailureClass
-from sandbox_pipeline.records import Outcome
+from sandbox_pipeline.records import Outcome, Usage
 from tests.agents.model_api import (
     CANARY,
     Bench,
@@ -32,6 +31,7 @@ from tests.agents.model_api import (
     find_test_claude,
     secret_forms,
 )
+from tests.agents.old_claude import old_claude
 from tests.servers.messages_server import (
     Charge,
     Fault,
@@ -200,12 +200,13 @@ async def test_wrong_key_fails_at_once_with_the_reason(tmp_path: Path) -> None:
 @needs_claude
 async def test_unknown_model_fails_with_the_reason(tmp_path: Path) -> None:
     config = agent_config()
-    async with serving(tmp_path, EDITS, config, known_models={"other"}) as (_, made):
+    async with serving(tmp_path, EDITS, config, known_models={"other"}) as (server, made):
         task = await made.task(config, model="claude-nothing-1")
         result = await ClaudeCodeAgent().run(made.sandbox, task, Listener())
         assert (result.outcome, result.failure_class) == (Outcome.FAILED, FailureClass.AGENT_FAILED)
         assert "claude-nothing-1" in result.message
         assert "404" in result.message
+        assert len(server.answers) <= 2, "Claude Code asks once more without streaming"
 
 
 @needs_claude
@@ -229,13 +230,29 @@ async def test_passing_fault_is_tried_again(tmp_path: Path, fault: Fault) -> Non
 
 
 @needs_claude
-async def test_lasting_fault_fails_with_the_reason(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (Fault(status=500, message=f"broken, key {CANARY}"), "broken, key"),
+        (Fault(status=529, message="overloaded now"), "overloaded now"),
+        (Fault(status=429, message="slow down"), "slow down"),
+        (Fault(status=502, body=b"<html>bad gateway " + b"x" * 10_000_000), "bad gateway"),
+        (Fault(error_after_events=1, message="too busy"), "too busy"),
+        (Fault(status=200, body=b"<html>sign in"), ""),
+    ],
+    ids=["500", "529", "429", "html of 10 MB", "error-in-stream", "page in place of an answer"],
+)
+async def test_lasting_fault_fails_with_the_reason(
+    tmp_path: Path, fault: Fault, words: str
+) -> None:
     config = agent_config()
-    faults = [Fault(status=500, message=f"broken, key {CANARY}")] * 5
-    async with serving(tmp_path, EDITS, config, faults=faults) as (_, made):
+    async with serving(tmp_path, EDITS, config, faults=[fault] * 9) as (_, made):
         result = await ClaudeCodeAgent().run(made.sandbox, await made.task(config), Listener())
         assert (result.outcome, result.failure_class) == (Outcome.FAILED, FailureClass.AGENT_FAILED)
-        assert "broken" in result.message
+        assert result.message
+        assert words.lower() in result.message.lower()
+        assert len(result.message) <= 2000
+        assert not result.usage.cost_usd
         assert files_with_secret(made.artifacts) == []
         assert not result.secret_leak
 
@@ -333,25 +350,28 @@ class StandIn(ClaudeCodeAgent):
 
 
 RESULT = {"type": "result", "subtype": "success", "is_error": False, "result": "ok", "num_turns": 1}
+CUT_SHORT = '{"type": "result", "subty'
 
 
 @pytest.mark.parametrize(
-    ("script", "failure_class", "words"),
+    ("script", "failure_class", "words", "code", "kept"),
     [
-        ("exit 0", FailureClass.BAD_RESULT, "without a result"),
-        ('echo \'{"type": "result", "subty\'', FailureClass.BAD_RESULT, "without a result"),
-        ("echo '[[[[['; exit 1", FailureClass.BAD_RESULT, "code 1"),
-        ("echo unknown option >&2; exit 1", FailureClass.AGENT_FAILED, "unknown option"),
-        ("kill -9 $$", FailureClass.AGENT_FAILED, "signal 9"),
-        ("head -c 3000000 /dev/zero", FailureClass.BAD_RESULT, "max_output_mb"),
-        (f"echo {shlex.quote(json.dumps(RESULT))}; exit 3", FailureClass.AGENT_FAILED, "code 3"),
+        ("exit 0", FailureClass.BAD_RESULT, "without a result", 0, b""),
+        (f"echo '{CUT_SHORT}'", FailureClass.BAD_RESULT, "without a result", 0, CUT_SHORT.encode()),
+        ("echo '[[[[['; exit 1", FailureClass.BAD_RESULT, "code 1", 1, b"[[[[[\n"),
+        ("echo unknown option >&2; exit 1", FailureClass.AGENT_FAILED, "unknown option", 1, b""),
+        ("kill -9 $$", FailureClass.AGENT_FAILED, "signal 9", 137, b""),
+        ("exit 137", FailureClass.AGENT_FAILED, "signal 9", 137, b""),
+        ("kill -TERM $$", FailureClass.AGENT_FAILED, "signal 15", 143, b""),
+        ("head -c 3000000 /dev/zero", FailureClass.BAD_RESULT, "max_output_mb", 0, b"\0" * 10**6),
+        (f"echo '{json.dumps(RESULT)}'; exit 3", FailureClass.AGENT_FAILED, "code 3", 3, b"{"),
     ],
 )
 async def test_answers_that_are_none(
-    tmp_path: Path, script: str, failure_class: FailureClass, words: str
+    tmp_path: Path, script: str, failure_class: FailureClass, words: str, code: int, kept: bytes
 ) -> None:
     program = tmp_path / "claude"
-    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.write_text(f"#!/bin/sh\necho half > half.txt\n{script}\n")
     program.chmod(0o755)
     agent = StandIn(program)
     config = AgentConfig.model_validate({"kind": "claude_code", "max_output_mb": 1})
@@ -360,8 +380,57 @@ async def test_answers_that_are_none(
         result = await agent.run(made.sandbox, await made.task(config), Listener())
         assert (result.outcome, result.failure_class) == (Outcome.FAILED, failure_class), result
         assert words in result.message
-        assert result.usage.cost_usd is None
-        assert result.cost_basis == "unknown"
+        assert result.exit_code == code
+        assert (result.usage, result.cost_basis) == (Usage(), "unknown")
+        assert (await made.sh("cat half.txt")).stdout == b"half\n", "the work is kept"
+        raw = (made.artifacts / "stdout.log").read_bytes()
+        assert len(raw) <= 1_000_000
+        assert raw.startswith(kept)
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        ({}, Usage()),
+        ({"total_cost_usd": None, "usage": None, "modelUsage": None}, Usage()),
+        ({"total_cost_usd": -1, "usage": {"input_tokens": -5, "output_tokens": "many"}}, Usage()),
+        ({"total_cost_usd": 0.5}, Usage(cost_usd=0.5)),
+    ],
+    ids=["missing", "null", "negative", "partly there"],
+)
+async def test_usage_that_is_none_is_unknown(
+    tmp_path: Path, usage: dict[str, Any], expected: Usage
+) -> None:
+    program = tmp_path / "claude"
+    program.write_text(f"#!/bin/sh\necho {shlex.quote(json.dumps({**RESULT, **usage}))}\n")
+    program.chmod(0o755)
+    agent = StandIn(program)
+    config = AgentConfig.model_validate({"kind": "claude_code"})
+    environ = {"ANTHROPIC_API_KEY": CANARY, "ANTHROPIC_BASE_URL": "http://127.0.0.1:9"}
+    async with bench(tmp_path, agent, config, environ) as made:
+        result = await agent.run(made.sandbox, await made.task(config), Listener())
+        assert (result.outcome, result.message, result.usage) == (Outcome.SUCCESS, "ok", expected)
+        assert result.cost_basis == ("unknown" if expected.cost_usd is None else "reported")
+
+
+async def test_result_of_50_mb_is_a_bad_result_and_bounded(tmp_path: Path) -> None:
+    """Larger than any line that is taken; what there is of it is kept."""
+    program = tmp_path / "claude"
+    head = json.dumps(RESULT).replace('"ok"', '"')[:-1]
+    fill = "head -c 50000000 /dev/zero | tr '\\0' x"
+    program.write_text(f"#!/bin/sh\nprintf %s {shlex.quote(head)}\n{fill}\necho '\"}}'\n")
+    program.chmod(0o755)
+    agent = StandIn(program)
+    config = AgentConfig.model_validate({"kind": "claude_code"})
+    environ = {"ANTHROPIC_API_KEY": CANARY, "ANTHROPIC_BASE_URL": "http://127.0.0.1:9"}
+    async with bench(tmp_path, agent, config, environ) as made:
+        result = await agent.run(made.sandbox, await made.task(config), Listener())
+        assert (result.outcome, result.failure_class) == (Outcome.FAILED, FailureClass.BAD_RESULT)
+        assert "without a result that can be read" in result.message
+        assert len(result.message) < 1000
+        assert (result.usage, result.cost_basis) == (Usage(), "unknown")
+        assert (made.artifacts / "stdout.log").stat().st_size > 50_000_000
+        assert (made.artifacts / "transcript.jsonl").stat().st_size < 2_000_000
 
 
 FORGER = """\
@@ -416,13 +485,7 @@ def test_missing_claude_code_is_refused_with_the_remedy() -> None:
 
 
 def test_old_claude_code_is_refused(tmp_path: Path) -> None:
-    source = tmp_path / "old.c"
-    source.write_text('#include <stdio.h>\nint main(void) { puts("1.0.3 (Claude Code)"); }')
-    program = tmp_path / "claude"
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler to make a program that says an old version")
-    subprocess.run([compiler, "-o", program, source], check=True)
+    program = old_claude(tmp_path / "claude")
     config = AgentConfig.model_validate({"kind": "claude_code", "claude_binary": str(program)})
     with pytest.raises(ConfigError, match=r"1\.0\.3 is too old.*claude update"):
         ClaudeCodeAgent().validate(config, {"ANTHROPIC_API_KEY": CANARY})

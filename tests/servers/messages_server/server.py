@@ -167,7 +167,7 @@ class MessagesServer:
         note(200, None if fault.breaks_stream else reply.charge)
         message = _message(reply, model, len(self.answers))
         if not body.get("stream"):
-            return JSONResponse(message)
+            return _error(529, fault.message) if fault.breaks_stream else JSONResponse(message)
         return StreamingResponse(
             _stream(message, reply.charge, fault), media_type="text/event-stream"
         )
