@@ -153,8 +153,9 @@ async def wire(
     script: Script = edits,
     files: Mapping[str, str | bytes] | None = None,
     limits: Limits | None = None,
+    claude: Path | None = None,
 ) -> AsyncGenerator[Wire, None]:
-    """The servers for one test, with a repository to work on."""
+    """The servers for one test, with a repository to work on; `claude` is what E2B's image has."""
     repo = make_repo(
         tmp_path / "repo",
         {"app.py": "def f(): return None\n", "agent.py": COMMAND_AGENT, **(files or {})},
@@ -169,8 +170,10 @@ async def wire(
         if provider == "local":
             yield Wire(provider, model, None, environ, repo)
             return
-        claude = find_test_claude()
-        programs = {"claude": native_program(Path(claude))} if claude is not None else {}
+        here = find_test_claude()
+        if claude is None and here is not None:
+            claude = native_program(Path(here))
+        programs = {"claude": claude} if claude is not None else {}
         internet = {MODEL_HOST: model.url}
         async with E2BServer(programs=programs, internet=internet, limits=limits) as cloud:
             yield Wire(provider, model, cloud, {**environ, **cloud.environ}, repo)
