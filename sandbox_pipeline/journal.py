@@ -23,6 +23,8 @@ from sandbox_pipeline.redaction import Redactor
 from sandbox_pipeline.runtime import Announce, Runtime
 
 PROGRESS_SECONDS = 1.0
+PROGRESS_EVENT_SECONDS = 60.0
+MAX_PROGRESS_CHARS = 120
 MAX_MESSAGE_CHARS = 1000
 
 Change = Callable[[Fork], Fork]
@@ -59,16 +61,17 @@ class ForkJournal:
         """The fork as it is stored."""
         return (await self.read())[0]
 
-    async def show_progress(self, text: str, cost_usd: float | None) -> None:
-        """Put a short line into the fork's record, for those who watch."""
-        line = " ".join((await self.redacted()).text(text).split())[:120]
+    async def show_progress(self, text: str, cost_usd: float | None, *, tell: bool) -> None:
+        """Put a short line into the fork's record, for those who watch; `tell`: and the events."""
+        line = " ".join((await self.redacted()).text(text).split())[:MAX_PROGRESS_CHARS]
 
         def show(fork: Fork) -> Fork:
             # An agent that doesn't know its cost for a moment doesn't take it back.
             cost = fork.cost_so_far_usd if cost_usd is None else cost_usd
             return fork.evolve(progress=line, cost_so_far_usd=cost)
 
-        await self.change(show)
+        payload = {"progress": line} | ({} if cost_usd is None else {"cost_usd": cost_usd})
+        await self.change(show, "agent-progress" if tell else None, payload)
 
     async def fail(
         self,
@@ -165,6 +168,7 @@ class JournalReporter:
     def __init__(self, journal: ForkJournal) -> None:
         self._journal = journal
         self._last = 0.0
+        self._told = -PROGRESS_EVENT_SECONDS
         self._cost_usd: float | None = None
 
     async def progress(self, text: str, *, cost_usd: float | None = None) -> None:
@@ -174,7 +178,10 @@ class JournalReporter:
         if moment - self._last < PROGRESS_SECONDS and cost_usd in (None, self._cost_usd):
             return
         self._last, self._cost_usd = moment, cost_usd
-        await self._journal.show_progress(text, cost_usd)
+        tell = moment - self._told >= PROGRESS_EVENT_SECONDS
+        if tell:
+            self._told = moment
+        await self._journal.show_progress(text, cost_usd, tell=tell)
 
     async def event(self, name: str, payload: Mapping[str, Any]) -> None:
         """See `Reporter.event`."""

@@ -112,7 +112,7 @@ async def test_e2b_key_template_and_plan(home: Path) -> None:
             ]
             assert all(check.remedy for check in warnings)
             found = await ask(agent=agent, sandbox={"provider": "e2b", "template": "no-such"})
-            assert found["E2B template 'no-such'"][0].state == "warning"
+            assert found["E2B template 'no-such'"][0].state == "failed"
         environ = {**server.environ, "E2B_API_KEY": "e2b_wrong"}
         async with doctor(home, environ) as ask:
             found = await ask(agent=agent, sandbox={"provider": "e2b"})

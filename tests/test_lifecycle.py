@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox_pipeline.agents.base import Task
+from sandbox_pipeline.agents.base import Reporter, Task
 from sandbox_pipeline.config import OrchestrationConfig
 from sandbox_pipeline.errors import (
     ConfigError,
@@ -69,6 +69,7 @@ async def test_all_forks_succeed_with_their_own_patches(
         "fork-started",
         "sandbox-created",
         "health-check-passed",
+        "agent-progress",
         "agent-completed",
         "metrics-recorded",
         "sandbox-cleaned",
@@ -104,6 +105,30 @@ async def test_creation_that_always_fails_is_tried_as_the_table_says(
     assert provider.ledger.calls["create"] == creates
     assert done.rows[0]["create_attempts"] == creates
     assert provider.ledger.alive == []
+
+
+class Chatty(FakeAgent):
+    """Tells how it is doing far too often."""
+
+    async def run(self, sandbox: Sandbox, task: Task, reporter: Reporter) -> AgentResult:
+        for turn in range(50):
+            line = f"turn {turn}, Edit, 1.0k tokens " + "x" * 500
+            await reporter.progress(line, cost_usd=0.01 * (turn + 1))
+        return AgentResult(outcome=Outcome.SUCCESS)
+
+
+async def test_progress_is_one_bounded_line_in_the_events_and_each_cost_in_the_record(
+    runtime: Runtime, config: Make
+) -> None:
+    runtime._agents["fake"] = Chatty()
+    events: list[Event] = []
+    await drive(runtime, config(num_forks=1), "w", events=events)
+    [told] = [event for event in events if event.name == "agent-progress"]
+    assert told.payload["progress"].startswith("turn 0, Edit, 1.0k tokens xxx")
+    assert len(told.payload["progress"]) <= 120
+    assert told.payload["cost_usd"] == 0.01
+    fork = await runtime.store.need(Fork, fork_key("w", 0))
+    assert fork.cost_so_far_usd == pytest.approx(0.5)
 
 
 async def test_a_fatal_failure_stops_further_creations_and_fails_the_run(

@@ -285,8 +285,9 @@ class _Loop:
         return True
 
     async def _progress(self, tool: str) -> None:
-        parts = [f"turn {self.conversation.turns}", *([tool] if tool else [])]
-        await self.reporter.progress(", ".join(parts), cost_usd=self.conversation.meter.cost_usd)
+        meter = self.conversation.meter
+        line = meter.progress(f"turn {self.conversation.turns}", *([tool] if tool else []))
+        await self.reporter.progress(line, cost_usd=meter.cost_usd)
 
     def _seconds_left(self) -> float:
         return self.task.config.timeout_seconds - self.conversation.seconds

@@ -184,7 +184,8 @@ async def _run(sandbox: Sandbox, task: Task, reporter: Reporter, route: _Route) 
                 await log.feed(source, chunk)
                 _count_partials(stream, route)
                 if stream.turns:
-                    await reporter.progress(_progress(stream, route), cost_usd=route.meter.cost_usd)
+                    line = route.meter.progress(stream.progress)
+                    await reporter.progress(line, cost_usd=route.meter.cost_usd)
 
             finished = await run_detached(sandbox, f"agent-{task.attempt}", job, on_output)
             log.finish()
@@ -279,20 +280,6 @@ def _count_partials(stream: ClaudeStream, route: _Route) -> None:
     for model, tokens in stream.finished_messages:
         route.meter.add_tokens(model, tokens)
     stream.finished_messages.clear()
-
-
-def _progress(stream: ClaudeStream, route: _Route) -> str:
-    usage = route.meter.usage
-    tokens = sum(
-        count or 0
-        for count in (
-            usage.input_tokens,
-            usage.output_tokens,
-            usage.cache_creation_input_tokens,
-            usage.cache_read_input_tokens,
-        )
-    )
-    return f"{stream.progress}, {tokens / 1000:.1f}k tokens" if tokens else stream.progress
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,12 @@ class Meter:
             cost_usd=self.cost_usd,
         )
 
+    def progress(self, *parts: str) -> str:
+        """One line for the live display: these parts, and the tokens so far."""
+        totals = self._totals
+        tokens = totals.input + totals.output + totals.cache_creation + totals.cache_read
+        return ", ".join([*parts, *([f"{tokens / 1000:.1f}k tokens"] if tokens else [])])
+
     @property
     def exhausted(self) -> str:
         """Why no further request is allowed; empty while they are.

@@ -6,7 +6,6 @@ import asyncio
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sandbox_pipeline.checks import Check
@@ -34,17 +33,10 @@ MAX_PAGES = 1000
 CONNECT_TTL_SECONDS = 15
 READY_SECONDS = 30.0
 READY_POLL_SECONDS = 0.25
+CONNECTION_HELP = "check the network, a proxy, E2B_DOMAIN and E2B_API_URL; try again later"
+TEMPLATE_HELP = "change sandbox.template, or build it: https://e2b.dev/docs/template"
 
 _FOLDERS = Command(["mkdir", "-p", WORKSPACE, STATE_DIR], timeout_seconds=READY_SECONDS)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that `E2BProvider.check` looked at."""
-
-    name: str
-    ok: bool
-    message: str
 
 
 class E2BProvider:
@@ -243,39 +235,30 @@ class E2BProvider:
         return PlanLimits("E2B's free plan", concurrent=20, creates_per_second=1, life_seconds=3600)
 
     async def diagnose(self, config: SandboxConfig) -> Sequence[Check]:
-        """See `SelfChecking`."""
-        checks: list[Check] = []
-        for finding in await self.check(config.template):
-            if finding.ok:
-                checks.append(Check(finding.name, "ok", finding.message))
-            elif finding.name == "E2B_API_KEY":
-                checks.append(Check(finding.name, "failed", finding.message, KEY_HELP))
-            else:
-                remedy = "change sandbox.template, or build it: https://e2b.dev/docs/template"
-                checks.append(Check(finding.name, "warning", finding.message, remedy))
-        return checks
-
-    async def close(self) -> None:
-        """Nothing: the SDK's connections belong to the process."""
-
-    async def check(self, template: str | None = None) -> Sequence[Finding]:
         """Whether the key is accepted and the template exists; creates nothing."""
         from e2b import AsyncSandbox, AsyncTemplate
 
-        name = template or DEFAULT_TEMPLATE
         page = AsyncSandbox.list(limit=1, **self._options)
-        findings: list[Finding] = []
         try:
             await self._client.ask(page.next_items(), Call.ACCOUNT, "list sandboxes")
-            findings.append(Finding("E2B_API_KEY", True, "accepted"))
+        except ProviderError as error:
+            remedy = KEY_HELP if error.kind is ErrorKind.AUTH else CONNECTION_HELP
+            return [Check("E2B_API_KEY", "failed", str(error), remedy)]
+        accepted = Check("E2B_API_KEY", "ok", "accepted")
+        name = config.template or DEFAULT_TEMPLATE
+        which = f"E2B template {name!r}"
+        try:
             exists = await self._client.ask(
                 AsyncTemplate.exists(name, **self._options), Call.ACCOUNT, "look up a template"
             )
         except ProviderError as error:
-            which = f"E2B template {name!r}" if findings else "E2B_API_KEY"
-            return [*findings, Finding(which, False, str(error))]
-        message = "exists" if exists else "not found; see sandbox.template"
-        return [*findings, Finding(f"E2B template {name!r}", exists, message)]
+            return [accepted, Check(which, "warning", str(error), TEMPLATE_HELP)]
+        if exists:
+            return [accepted, Check(which, "ok", "exists")]
+        return [accepted, Check(which, "failed", "not found", TEMPLATE_HELP)]
+
+    async def close(self) -> None:
+        """Nothing: the SDK's connections belong to the process."""
 
 
 def _network_options(spec: SandboxSpec) -> dict[str, Any]:

@@ -85,8 +85,10 @@ async def test_edits_the_repository_and_computes_what_the_server_charged(tmp_pat
         assert result.cost_basis == "computed"
         assert (result.turns, result.message) == (3, "All done.")
         assert result.model == server.answers[0].model == "claude-sonnet-5-5"
-        assert listener.lines[-1] == "turn 3"
-        assert "turn 2, str_replace_based_edit_tool" in listener.lines
+        assert listener.lines[-1] == "turn 3, 4.3k tokens"
+        assert "turn 2, str_replace_based_edit_tool, 2.8k tokens" in listener.lines
+        assert listener.costs[-1] == pytest.approx(result.usage.cost_usd)
+        assert server.answers[0].headers["accept-encoding"] == "identity"
         first = server.answers[0].body
         assert first["cache_control"] == {"type": "ephemeral"}
         assert first["stream"] is True

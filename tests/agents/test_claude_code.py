@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import shlex
 import shutil
 from collections.abc import AsyncGenerator, Mapping
@@ -102,7 +103,7 @@ async def test_edits_the_repository_and_reports_what_the_server_charged(tmp_path
         assert result.model == server.answers[0].model
         assert result.agent_version is not None
         assert listener.costs[-1] == pytest.approx(result.usage.cost_usd)
-        assert "turn 3" in listener.lines[-1]
+        assert re.fullmatch(r"turn 3, Write, [0-9.]+k tokens", listener.lines[-1])
         types = [entry.type for entry in read_transcript(made.artifacts / "transcript.jsonl")]
         assert [kind for kind in types if kind != "system"] == [
             *("prompt", "text", "tool_use", "tool_result", "text", "tool_use", "tool_result"),

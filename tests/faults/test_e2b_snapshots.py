@@ -27,7 +27,7 @@ async def server() -> AsyncIterator[E2BServer]:
 
 def prepared(repo: Path, **changes: Any) -> OrchestrationConfig:
     """Forks whose patch tells how often `setup_command` ran in their sandbox."""
-    agent = {"command": "cp ../setup seen", "env_from": []}
+    agent: dict[str, Any] = {"command": "cp ../setup seen", "env_from": []}
     return fields(repo, setup_command="echo once >> ../setup", agent=agent, **changes)
 
 

@@ -411,20 +411,33 @@ class TestSettings:
         provider = E2BProvider.from_environ({"E2B_API_KEY": API_KEY})
         assert API_KEY not in repr(provider) + str(provider) + repr(vars(provider)["_client"])
 
-    async def test_check_accepts_a_key_and_a_template(self, provider: E2BProvider) -> None:
-        assert [finding.ok for finding in await provider.check()] == [True, True]
+    async def test_diagnosis_accepts_a_key_and_a_template(self, provider: E2BProvider) -> None:
+        found = await provider.diagnose(SandboxConfig.model_validate({}))
+        assert [check.state for check in found] == ["ok", "ok"]
 
-    async def test_check_tells_a_missing_template(self, provider: E2BProvider) -> None:
-        findings = await provider.check("no-such")
-        assert [finding.ok for finding in findings] == [True, False]
-        assert "no-such" in findings[1].name
+    async def test_diagnosis_tells_a_missing_template(self, provider: E2BProvider) -> None:
+        found = await provider.diagnose(SandboxConfig.model_validate({"template": "no-such"}))
+        assert [check.state for check in found] == ["ok", "failed"]
+        assert "no-such" in found[1].name
+        assert "sandbox.template" in found[1].remedy
 
-    async def test_check_tells_a_wrong_key(self, server: E2BServer) -> None:
-        environ = {**server.environ, "E2B_API_KEY": "e2b_wrong"}
-        findings = await E2BProvider.from_environ(environ).check()
-        assert [(finding.name, finding.ok) for finding in findings] == [("E2B_API_KEY", False)]
-        assert "401" in findings[0].message
-        assert "e2b_wrong" not in findings[0].message
+    async def test_diagnosis_that_can_not_be_made_is_a_warning(
+        self, server: E2BServer, provider: E2BProvider
+    ) -> None:
+        server.faults.add(Fault(path="/templates/.*", status=500, body="oops"))
+        found = await provider.diagnose(SandboxConfig.model_validate({}))
+        assert [check.state for check in found] == ["ok", "warning"]
+
+    async def test_diagnosis_tells_a_wrong_key_from_a_dead_network(self, server: E2BServer) -> None:
+        wrong = {**server.environ, "E2B_API_KEY": "e2b_wrong"}
+        dead = {**server.environ, "E2B_API_URL": "http://127.0.0.1:9"}
+        for environ, told, remedy in ((wrong, "401", "dashboard"), (dead, "Connect", "E2B_DOMAIN")):
+            provider = E2BProvider.from_environ(environ)
+            [check] = await provider.diagnose(SandboxConfig.model_validate({}))
+            assert (check.name, check.state) == ("E2B_API_KEY", "failed")
+            assert told in check.finding
+            assert remedy in check.remedy
+            assert "e2b_wrong" not in check.finding
 
 
 class TestInjection:
