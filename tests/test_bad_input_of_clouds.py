@@ -35,7 +35,7 @@ NEWLINE_KEY = "canary-first\ncanary-second"
         (
             ["--agent", "anthropic"],
             {"ANTHROPIC_API_KEY": "", "ANTHROPIC_AUTH_TOKEN": ""},
-            "no key for the model: set one of ANTHROPIC_API_KEY",
+            "no key for the model: set ANTHROPIC_API_KEY in the environment",
         ),
         (
             ["--agent", "anthropic"],

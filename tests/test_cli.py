@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pty
@@ -187,21 +188,26 @@ def test_sandboxes_of_a_killed_worker_end_by_their_own_deadline(home: Path, repo
 
 
 @pytest.mark.parametrize(
-    ("command", "exit_code", "outcome", "message"),
+    ("command", "agent_code", "insertions", "message"),
     [
-        ("no-such-agent x", 4, "failed", "command not found in the sandbox: no-such-agent"),
-        ("true", 0, "success", "the agent changed nothing."),
-        ("sh -c 'kill -9 $$'", 4, "failed", "killed by signal 9"),
-        ("sh -c 'echo why >&2; exit 7'", 4, "failed", "the agent exited with code 7: why"),
+        ("no-such-agent x", 127, 0, "command not found in the sandbox: no-such-agent"),
+        ("true", 0, 0, "the agent changed nothing."),
+        ("sh -c 'echo half > half; exit 1'", 1, 1, "the agent exited with code 1"),
+        ("sh -c 'echo half > half; exit 137'", 137, 1, "killed by signal 9"),
+        ("sh -c 'echo half > half; kill -9 $$'", 137, 1, "killed by signal 9"),
+        ("sh -c 'echo half > half; kill -SEGV $$'", 139, 1, "killed by signal 11"),
+        ("sh -c 'echo why >&2; exit 7'", 7, 0, "the agent exited with code 7: why"),
     ],
 )
 def test_what_an_agent_may_do(
-    home: Path, repo: Path, command: str, exit_code: int, outcome: str, message: str
+    home: Path, repo: Path, command: str, agent_code: int, insertions: int, message: str
 ) -> None:
     code, result = run_json(repo, "--forks", "1", "--command", command)
-    assert code == exit_code
     [fork] = result["forks"]
-    assert (fork["outcome"], message in fork["message"]) == (outcome, True), fork
+    assert (code, fork["outcome"]) == ((4, "failed") if agent_code else (0, "success")), fork
+    assert fork["failure_class"] == ("agent_failed" if agent_code else None)
+    assert (fork["exit_code"], fork["insertions"]) == (agent_code, insertions)
+    assert message in fork["message"]
 
 
 def test_an_agent_that_does_not_stop_is_a_timeout_and_keeps_its_patch(
@@ -244,15 +250,11 @@ def test_the_prompt_arrives_byte_for_byte(
     path = tmp_path / "prompt.txt"
     path.write_bytes(prompt.encode())
     done = cli("run", "--repo", str(repo), "--prompt-file", str(path), "--forks", "1", "--json",
-               "--command", "cp {prompt_file} copy.bin")  # fmt: skip
-    [fork] = json.loads(done.stdout)["forks"]
-    patch = Path(fork["patch_path"]).read_bytes()
-    expected = b"".join(b"+" + line for line in prompt.encode().splitlines(keepends=True) if line)
+               "--command", "sh -c 'sha256sum < {prompt_file} > sum'")  # fmt: skip
     assert done.returncode == 0
-    if "\r" not in prompt:
-        assert expected in patch
-    else:
-        assert b"+lines\r\n" in patch
+    [fork] = json.loads(done.stdout)["forks"]
+    patch = Path(fork["patch_path"]).read_text(encoding="utf-8")
+    assert f"+{hashlib.sha256(prompt.encode()).hexdigest()}  -" in patch
 
 
 def test_a_secret_that_the_agent_prints_is_nowhere(home: Path, repo: Path) -> None:
@@ -292,6 +294,7 @@ def test_a_secret_that_the_agent_prints_is_nowhere(home: Path, repo: Path) -> No
         (["--config", "/no/such.yaml"], "/no/such.yaml: no such file"),
         (["--prompt-file", "/no/such"], "--prompt-file: /no/such: No such file"),
         (["--prompt", ""], "prompt: String should have at least 1 character"),
+        (["--forks", "-1"], "num_forks: Input should be greater than or equal to 1 (got -1)"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(

@@ -13,10 +13,8 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from sandbox_pipeline import demo
-from sandbox_pipeline.instance import ensure_home
 from tests.browser import keep, launched
-from tests.processes import wait_until_gone
-from tests.webserver import Webserver, running_webserver
+from tests.webserver import Webserver, deployed_webserver
 
 NIGHTLY = """\
 cron: "0 3 * * *"
@@ -42,19 +40,8 @@ def server(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         folder = Path(tempfile.gettempdir()) / "sandbox-pipeline"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-    named = folder / "orchestrations"
-    named.mkdir()
-    (named / "nightly.yaml").write_text(NIGHTLY, encoding="utf-8")
-    home = folder / "home"
-    before = os.environ.get("DAGSTER_HOME")
-    ensure_home(home)
-    if before is None:
-        del os.environ["DAGSTER_HOME"]
-    else:
-        os.environ["DAGSTER_HOME"] = before
-    with running_webserver(home, folder) as running:
+    with deployed_webserver(folder, {"nightly.yaml": NIGHTLY}) as running:
         yield running
-    assert wait_until_gone(home, 10) == []
 
 
 @pytest.fixture

@@ -13,10 +13,9 @@ import pytest
 
 from sandbox_pipeline import demo, launch
 from sandbox_pipeline.config import parse_config
-from sandbox_pipeline.instance import ensure_home
 from sandbox_pipeline.launching import LaunchError
 from tests.processes import live_sandboxes, wait_until_gone
-from tests.webserver import Webserver, running_webserver
+from tests.webserver import Webserver, deployed_webserver
 
 NIGHTLY = f"""\
 cron: "* * * * *"
@@ -32,20 +31,9 @@ agent:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Webserver]:
     folder = tmp_path_factory.mktemp("ui")
-    named = folder / "orchestrations"
-    named.mkdir()
-    (named / "nightly.yaml").write_text(NIGHTLY, encoding="utf-8")
-    (named / "broken.yaml").write_text("prompt: x\nnum_forks: 0\n", encoding="utf-8")
-    home = folder / "home"
-    before = os.environ.get("DAGSTER_HOME")
-    ensure_home(home)
-    if before is None:
-        del os.environ["DAGSTER_HOME"]
-    else:
-        os.environ["DAGSTER_HOME"] = before
-    with running_webserver(home, folder) as running:
+    files = {"nightly.yaml": NIGHTLY, "broken.yaml": "prompt: x\nnum_forks: 0\n"}
+    with deployed_webserver(folder, files) as running:
         yield running
-    assert wait_until_gone(home, 10) == []
 
 
 def test_a_run_launched_as_from_the_launchpad_materializes_the_metrics(server: Webserver) -> None:

@@ -9,11 +9,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from tests.processes import wait_until_gone
 
 START_SECONDS = 90.0
 
@@ -90,6 +92,24 @@ def running_webserver(home: Path, folder: Path, **environ: str) -> Generator[Web
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         log.close()
+
+
+@contextlib.contextmanager
+def deployed_webserver(folder: Path, orchestrations: Mapping[str, str]) -> Generator[Webserver]:
+    """A webserver on a deployment of its own, which may leave no sandbox alive.
+
+    Args:
+        folder: for the deployment; exists.
+        orchestrations: file name to content.
+    """
+    named = folder / "orchestrations"
+    named.mkdir()
+    for name, content in orchestrations.items():
+        (named / name).write_text(content, encoding="utf-8")
+    home = folder / "home"
+    with running_webserver(home, folder) as running:
+        yield running
+    assert wait_until_gone(home, 10) == []
 
 
 def _wait_until_ready(server: Webserver, log: Path) -> None:

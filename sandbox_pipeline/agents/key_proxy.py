@@ -33,7 +33,8 @@ from sandbox_pipeline.redaction import Redactor
 
 SOCKET_NAME = "model-api.sock"
 DEFAULT_BASE_URL = "https://api.anthropic.com"
-CREDENTIAL_VARIABLES = ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", "CLAUDE_CODE_OAUTH_TOKEN")
+USUAL_VARIABLE = "ANTHROPIC_API_KEY"
+CREDENTIAL_VARIABLES = ("ANTHROPIC_AUTH_TOKEN", USUAL_VARIABLE, "CLAUDE_CODE_OAUTH_TOKEN")
 MAX_REQUEST_BYTES = 40_000_000
 MAX_ERROR_BYTES = 64_000
 MAX_CONNECTIONS = 64
@@ -97,7 +98,8 @@ def find_credential(
             msg = f"{variable} has characters no key has, such as a space or newline: set it again"
             raise ConfigError(msg)
         return Credential(variable, value)
-    msg = f"no key for the model: set one of {', '.join(variables)} in the environment"
+    others = ", ".join(variable for variable in variables if variable != USUAL_VARIABLE)
+    msg = f"no key for the model: set {USUAL_VARIABLE} in the environment (or {others})"
     raise ConfigError(msg)
 
 

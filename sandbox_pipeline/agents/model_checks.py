@@ -20,6 +20,7 @@ from sandbox_pipeline.redaction import Redactor
 
 ANSWER_SECONDS = 15.0
 API_VERSION = "2023-06-01"
+REMEDY = "export ANTHROPIC_API_KEY=…, from https://console.anthropic.com/settings/keys"
 MODELS_PATH = "/v1/models?limit=1000"
 
 
@@ -43,7 +44,7 @@ async def check_model_api(
         credential = find_credential(environ, variables)
         url = base_url(environ)
     except ConfigError as error:
-        return [Check("model API", "failed", str(error), f"set {variables[0]}")]
+        return [Check("model API", "failed", str(error), REMEDY)]
     if credential.variable == "CLAUDE_CODE_OAUTH_TOKEN":
         finding = "the token of a subscription is good for Claude Code only; not tried"
         return [Check("model API", "ok", finding), _model(model, [])]

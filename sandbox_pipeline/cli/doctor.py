@@ -37,7 +37,10 @@ def command(config_file: Path | None, settings: tuple[str, ...], *, as_json: boo
     if as_json:
         click.echo(json.dumps([vars(check) for check in checks]))
     else:
-        table = Table("check", "state", "finding", "remedy")
+        table = Table()
+        for name in ("check", "state", "finding", "remedy"):
+            # Paths and addresses are worth more whole than the table's shape.
+            table.add_column(name, overflow="fold")
         styles = {"ok": "green", "warning": "yellow", "failed": "red"}
         for check in checks:
             state = f"[{styles[check.state]}]{check.state}[/]"

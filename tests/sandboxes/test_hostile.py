@@ -7,10 +7,8 @@ import contextlib
 import os
 import shutil
 import socket
-import tempfile
 import textwrap
 import time
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,28 +29,12 @@ from sandbox_pipeline.sandboxes.bubblewrap import probe_isolation
 from sandbox_pipeline.sandboxes.limits import limits_in_force
 from sandbox_pipeline.sandboxes.local import LocalProvider
 from sandbox_pipeline.sandboxes.shim import LENGTHS
-from tests.processes import remove_once_idle
 from tests.sandboxes.conformance import assert_gone, fresh_lease_id, sample_metadata, shell
 
 pytestmark = pytest.mark.skipif(
     probe_isolation().bwrap is None, reason="bubblewrap does not work on this machine"
 )
 IN_FORCE = {status.limit: status for status in limits_in_force()}
-
-
-@pytest.fixture
-def root() -> Any:
-    folder = Path(tempfile.mkdtemp(prefix="hostile-"))
-    yield folder / "root"
-    remove_once_idle(folder)
-
-
-@pytest.fixture
-async def provider(root: Path) -> AsyncIterator[LocalProvider]:
-    made = LocalProvider(root)
-    yield made
-    for info in await made.list({}):
-        await made.kill(info.sandbox_id)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,6 @@ from sandbox_pipeline.sandboxes.limits import limits_in_force
 from sandbox_pipeline.sandboxes.local import LocalProvider
 from sandbox_pipeline.sandboxes.local_sandbox import LocalSandbox
 from sandbox_pipeline.sandboxes.trees import remove_tree, tree_bytes
-from tests.processes import remove_once_idle
 from tests.sandboxes.conformance import (
     MakeSpec,
     ProviderConformance,
@@ -125,21 +123,6 @@ def make_garbage(root: Path) -> Path:
     (half / "meta.json").write_text("{")
     (half / "home").mkdir(mode=0)
     return half
-
-
-@pytest.fixture
-def root() -> Any:
-    folder = Path(tempfile.mkdtemp(prefix="sandboxes-"))
-    yield folder / "root"
-    remove_once_idle(folder)
-
-
-@pytest.fixture
-async def provider(root: Path) -> AsyncIterator[LocalProvider]:
-    made = LocalProvider(root)
-    yield made
-    for info in await made.list({}):
-        await made.kill(info.sandbox_id)
 
 
 @pytest.fixture
