@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sandbox_pipeline.agents.claude_binary import native_program
-from tests.agents.model_api import CANARY, cost, find_test_claude
+from sandbox_pipeline.conformance.bench import CANARY
+from tests.agents.model_api import cost, find_test_claude
 from tests.conftest import make_repo
 from tests.servers.e2b_server import E2BServer, Limits
 from tests.servers.messages_server import (

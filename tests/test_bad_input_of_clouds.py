@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.agents.model_api import CANARY
+from sandbox_pipeline.conformance.bench import CANARY
 from tests.agents.old_claude import OLD_VERSION, old_claude
 from tests.conftest import git
 from tests.real_runs import wire

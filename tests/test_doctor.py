@@ -12,9 +12,9 @@ import pytest
 
 from sandbox_pipeline.checks import Check
 from sandbox_pipeline.config import parse_config
+from sandbox_pipeline.conformance.bench import CANARY
 from sandbox_pipeline.diagnosis import diagnose
 from sandbox_pipeline.runtime import Runtime
-from tests.agents.model_api import CANARY
 from tests.agents.test_claude_code import CLAUDE, needs_claude
 from tests.servers.e2b_server import E2BServer
 from tests.servers.messages_server import MessagesServer

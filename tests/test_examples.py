@@ -14,8 +14,8 @@ from sandbox_pipeline.agents.command import CommandAgent, fill_template
 from sandbox_pipeline.agents.transcript import read_transcript
 from sandbox_pipeline.agents.usage import PARSERS
 from sandbox_pipeline.config import OrchestrationConfig, parse_config
+from sandbox_pipeline.conformance.bench import Listener, bench
 from sandbox_pipeline.records import Outcome
-from tests.agents.model_api import Listener, bench
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
 PRESETS = ["aider", "codex", "gemini", "mini-swe-agent", "opencode"]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from tests.agents.model_api import CANARY, files_with_secret, secret_forms
+from sandbox_pipeline.conformance.bench import CANARY, files_with_secret, secret_forms
 from tests.agents.test_claude_code import needs_claude
 from tests.real_runs import Wire, assert_charged, edits, entries_of, wire
 from tests.servers.e2b_server import Limits

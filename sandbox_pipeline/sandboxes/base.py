@@ -1,4 +1,4 @@
-"""The contract of a sandbox provider; `tests/sandboxes/conformance.py` checks it."""
+"""The contract of a sandbox provider; `sandbox_pipeline.conformance.providers` checks it."""
 
 from __future__ import annotations
 

@@ -19,9 +19,10 @@ from sandbox_pipeline.agents.raw_answer import SHOWN_CHARS
 from sandbox_pipeline.agents.sandbox_tools import MAX_ANSWER_CHARACTERS
 from sandbox_pipeline.agents.transcript import read_transcript
 from sandbox_pipeline.config import AgentConfig
+from sandbox_pipeline.conformance.bench import CANARY, Bench, Listener, bench, files_with_secret
 from sandbox_pipeline.errors import AgentError, ConfigError, FailureClass
 from sandbox_pipeline.records import Outcome, Usage
-from tests.agents.model_api import CANARY, Bench, Listener, bench, cost, files_with_secret
+from tests.agents.model_api import cost
 from tests.servers.messages_server import (
     Ask,
     Charge,

@@ -20,18 +20,17 @@ from sandbox_pipeline.agents.claude_binary import native_program
 from sandbox_pipeline.agents.claude_code import MOUNTED_BINARY, ClaudeCodeAgent
 from sandbox_pipeline.agents.transcript import read_transcript
 from sandbox_pipeline.config import AgentConfig
-from sandbox_pipeline.errors import AgentError, ConfigError, FailureClass
-from sandbox_pipeline.records import Outcome, Usage
-from tests.agents.model_api import (
+from sandbox_pipeline.conformance.bench import (
     CANARY,
     Bench,
     Listener,
     bench,
-    cost,
     files_with_secret,
-    find_test_claude,
     secret_forms,
 )
+from sandbox_pipeline.errors import AgentError, ConfigError, FailureClass
+from sandbox_pipeline.records import Outcome, Usage
+from tests.agents.model_api import cost, find_test_claude
 from tests.agents.old_claude import old_claude
 from tests.servers.messages_server import (
     Charge,

@@ -16,12 +16,12 @@ from sandbox_pipeline.agents.claude_code import ClaudeCodeAgent
 from sandbox_pipeline.agents.command import CommandAgent
 from sandbox_pipeline.agents.detached import Job, run_detached
 from sandbox_pipeline.config import AgentConfig
+from sandbox_pipeline.conformance.agents import AgentConformance, Scene
+from sandbox_pipeline.conformance.bench import CANARY, bench
 from sandbox_pipeline.errors import FailureClass
 from sandbox_pipeline.records import AgentResult, Outcome
 from sandbox_pipeline.sandboxes.base import Network, Sandbox
 from sandbox_pipeline.testing import FakeAgent
-from tests.agents.conformance import AgentConformance, Scene
-from tests.agents.model_api import CANARY, bench
 from tests.agents.test_claude_code import CLAUDE, needs_claude
 from tests.servers.messages_server import Fault, MessagesServer, Reply, ToolCall, say, steps
 

@@ -22,8 +22,9 @@ from sandbox_pipeline.agents.key_proxy import (
 )
 from sandbox_pipeline.agents.metering import Meter
 from sandbox_pipeline.agents.models import PRICES
+from sandbox_pipeline.conformance.bench import CANARY
 from sandbox_pipeline.errors import ConfigError
-from tests.agents.model_api import CANARY, cost
+from tests.agents.model_api import cost
 from tests.servers.messages_server import Charge, Fault, MessagesServer, say, steps
 
 TOKEN = "sandbox-placeholder-test"

@@ -16,11 +16,12 @@ import pytest
 
 from sandbox_pipeline import demo, launch
 from sandbox_pipeline.cli.common import with_runtime
+from sandbox_pipeline.conformance.bench import CANARY
 from sandbox_pipeline.errors import PipelineError
 from sandbox_pipeline.instance import ensure_home
 from sandbox_pipeline.records import Orchestration, orchestration_key
 from sandbox_pipeline.runtime import Runtime
-from tests.agents.model_api import CANARY, find_test_claude
+from tests.agents.model_api import find_test_claude
 from tests.processes import live_sandboxes, wait_until_gone
 from tests.servers.messages_server import Ask, MessagesServer, Reply, ToolCall, say
 from tests.servers.messages_server.script import Fault

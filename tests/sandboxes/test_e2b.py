@@ -16,16 +16,7 @@ import httpx
 import pytest
 
 from sandbox_pipeline.config import SandboxConfig
-from sandbox_pipeline.errors import ConfigError, ErrorKind, ProviderError
-from sandbox_pipeline.sandboxes import e2b_command
-from sandbox_pipeline.sandboxes.base import HOME, Command, Resources, Sandbox, SandboxSpec
-from sandbox_pipeline.sandboxes.e2b import E2BProvider
-from sandbox_pipeline.sandboxes.e2b_prices import (
-    PRICES_VARIABLE,
-    SandboxPrices,
-    prices_from_environ,
-)
-from tests.sandboxes.conformance import (
+from sandbox_pipeline.conformance.providers import (
     MakeSpec,
     ProviderConformance,
     assert_gone,
@@ -34,6 +25,15 @@ from tests.sandboxes.conformance import (
     sample_metadata,
     shell,
     wait_until,
+)
+from sandbox_pipeline.errors import ConfigError, ErrorKind, ProviderError
+from sandbox_pipeline.sandboxes import e2b_command
+from sandbox_pipeline.sandboxes.base import HOME, Command, Resources, Sandbox, SandboxSpec
+from sandbox_pipeline.sandboxes.e2b import E2BProvider
+from sandbox_pipeline.sandboxes.e2b_prices import (
+    PRICES_VARIABLE,
+    SandboxPrices,
+    prices_from_environ,
 )
 from tests.servers.e2b_server import API_KEY, E2BServer, Fault, Ledger, Limits
 

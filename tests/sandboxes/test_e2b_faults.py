@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
+from sandbox_pipeline.conformance.providers import ids, shell
 from sandbox_pipeline.errors import ErrorKind, ProviderError
 from sandbox_pipeline.redaction import Redactor
 from sandbox_pipeline.sandboxes.base import WORKSPACE, Command, Sandbox
 from sandbox_pipeline.sandboxes.e2b import E2BProvider
 from sandbox_pipeline.sandboxes.e2b_errors import MAX_MESSAGE_CHARS, Call, provider_error
-from tests.sandboxes.conformance import ids, shell
 from tests.sandboxes.test_e2b import spec_of
 from tests.servers.e2b_server import API_KEY, E2BServer, Fault, Limits, api_error
 

@@ -16,6 +16,12 @@ from typing import Any
 import pytest
 
 from sandbox_pipeline.config import SandboxConfig
+from sandbox_pipeline.conformance.providers import (
+    assert_gone,
+    fresh_lease_id,
+    sample_metadata,
+    shell,
+)
 from sandbox_pipeline.errors import ErrorKind, ProviderError
 from sandbox_pipeline.sandboxes.base import (
     HOME,
@@ -29,7 +35,6 @@ from sandbox_pipeline.sandboxes.bubblewrap import probe_isolation
 from sandbox_pipeline.sandboxes.limits import limits_in_force
 from sandbox_pipeline.sandboxes.local import LocalProvider
 from sandbox_pipeline.sandboxes.shim import LENGTHS
-from tests.sandboxes.conformance import assert_gone, fresh_lease_id, sample_metadata, shell
 
 pytestmark = pytest.mark.skipif(
     probe_isolation().bwrap is None, reason="bubblewrap does not work on this machine"

@@ -22,15 +22,7 @@ from typing import Any, Literal
 import pytest
 
 from sandbox_pipeline.config import SandboxConfig
-from sandbox_pipeline.errors import ErrorKind, ProviderError
-from sandbox_pipeline.sandboxes import supervisor
-from sandbox_pipeline.sandboxes.base import HOME, WORKSPACE, Command, Sandbox, SandboxSpec
-from sandbox_pipeline.sandboxes.bubblewrap import find_bwrap, probe_isolation
-from sandbox_pipeline.sandboxes.limits import limits_in_force
-from sandbox_pipeline.sandboxes.local import LocalProvider
-from sandbox_pipeline.sandboxes.local_sandbox import LocalSandbox
-from sandbox_pipeline.sandboxes.trees import remove_tree, tree_bytes
-from tests.sandboxes.conformance import (
+from sandbox_pipeline.conformance.providers import (
     MakeSpec,
     ProviderConformance,
     assert_gone,
@@ -40,6 +32,14 @@ from tests.sandboxes.conformance import (
     shell,
     wait_until,
 )
+from sandbox_pipeline.errors import ErrorKind, ProviderError
+from sandbox_pipeline.sandboxes import supervisor
+from sandbox_pipeline.sandboxes.base import HOME, WORKSPACE, Command, Sandbox, SandboxSpec
+from sandbox_pipeline.sandboxes.bubblewrap import find_bwrap, probe_isolation
+from sandbox_pipeline.sandboxes.limits import limits_in_force
+from sandbox_pipeline.sandboxes.local import LocalProvider
+from sandbox_pipeline.sandboxes.local_sandbox import LocalSandbox
+from sandbox_pipeline.sandboxes.trees import remove_tree, tree_bytes
 
 needs_bubblewrap = pytest.mark.skipif(
     probe_isolation().bwrap is None, reason="bubblewrap does not work on this machine"

@@ -15,10 +15,10 @@ import pytest
 from sandbox_pipeline.agents.base import Agent, Task
 from sandbox_pipeline.agents.transcript import read_transcript
 from sandbox_pipeline.config import AgentConfig
+from sandbox_pipeline.conformance.bench import CANARY, Bench, Listener, files_with_secret
 from sandbox_pipeline.errors import ErrorKind, ProviderError
 from sandbox_pipeline.records import AgentResult, Outcome
 from sandbox_pipeline.sandboxes.local import LocalProvider
-from tests.agents.model_api import CANARY, Bench, Listener, files_with_secret
 
 PROMPT = "Do the work, héllo."
 
