@@ -309,6 +309,23 @@ async def test_only_allowed_tools_run(tmp_path: Path) -> None:
 
 
 @needs_claude
+async def test_servers_of_the_configuration_are_started_and_those_of_the_repository_are_not(
+    tmp_path: Path,
+) -> None:
+    """What stands for an MCP server here leaves a mark and speaks no word of the protocol."""
+
+    def servers(mark: str) -> str:
+        return json.dumps({"mcpServers": {mark: {"command": "touch", "args": [f"/tmp/{mark}"]}}})
+
+    config = agent_config(mcp_config=servers("asked-for"))
+    async with serving(tmp_path, EDITS, config) as (_, made):
+        await made.sandbox.write("/home/user/workspace/.mcp.json", servers("planted").encode())
+        result = await ClaudeCodeAgent().run(made.sandbox, await made.task(config), Listener())
+        assert result.outcome is Outcome.SUCCESS, result
+        assert (await made.sh("cd /tmp; ls asked-for planted")).stdout == b"asked-for\n"
+
+
+@needs_claude
 async def test_prompt_arrives_as_it_is(tmp_path: Path) -> None:
     prompt = "-p \"quoted\" 'single' $(touch pwned) `touch pwned`\n\n" + "ü" * 50_000 + " end"
     config = agent_config(append_system_prompt="--Appended $(touch pwned) words.")
