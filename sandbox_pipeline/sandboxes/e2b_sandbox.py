@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import secrets
 import time
@@ -26,6 +27,7 @@ USER = "user"
 """Whose home is the contract's; a template may have another user by default."""
 MISSING_FILE = 44
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 _READ = (
     f'[ -f "$1" ] || exit {MISSING_FILE}; '
@@ -128,7 +130,12 @@ class E2BSandbox:
         price = self._client.prices.usd_per_second(
             cpu_count=info.cpu_count, memory_mib=info.memory_mb
         )
-        samples = await self._ask(self._sdk.get_metrics(), doing)
+        try:
+            samples = await self._ask(self._sdk.get_metrics(), doing)
+        except ProviderError as error:
+            # Asked once: the sandbox is paid for while it is asked again, and has no more to do.
+            logger.warning("sandbox %s: CPU and memory stay unknown: %s", self.sandbox_id, error)
+            samples = []
         if not samples:
             return Resources(usd_per_second=price)
         cpu_seconds = sum(

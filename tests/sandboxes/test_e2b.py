@@ -245,11 +245,12 @@ class TestSandboxes:
             await provider.create(spec_of(base=base))
         assert caught.value.kind is ErrorKind.AMBIGUOUS, "it exists and has to be ended"
 
+    @pytest.mark.parametrize(("status", "body"), [(200, "[]"), (404, "no such route"), (500, "{")])
     async def test_resources_without_samples_are_unknown(
-        self, provider: E2BProvider, server: E2BServer
+        self, provider: E2BProvider, server: E2BServer, status: int, body: str
     ) -> None:
         sandbox = await provider.create(spec_of())
-        server.faults.add(Fault(path=".*/metrics", status=200, body="[]"))
+        server.faults.add(Fault(path=".*/metrics", status=status, body=body, times=0))
         resources = await sandbox.resources()
         assert resources.usd_per_second == pytest.approx(3.025e-5)
         assert replace(resources, usd_per_second=None) == Resources()
