@@ -32,7 +32,7 @@ from sandbox_pipeline.journal import (
     short,
 )
 from sandbox_pipeline.orders import Stop, StoppedError, obeying
-from sandbox_pipeline.ownership import held_by
+from sandbox_pipeline.ownership import held_by, on_another_machine
 from sandbox_pipeline.records import (
     Control,
     Fork,
@@ -230,6 +230,12 @@ class ForkLife:
         return await self._runtime.orders.of(self._ref, self._run_id)
 
     async def _create_stage(self, fork: Fork, orchestration: Orchestration) -> None:
+        if orchestration.provider == "local" and on_another_machine(orchestration):
+            msg = (
+                "sandbox.provider: 'local' has its sandboxes on the machine of the run's worker, "
+                "and this op was given to another one; use 'e2b', or workers on that machine only"
+            )
+            raise ProviderError(ErrorKind.HOST, msg)
         fork = await self._resume(fork, orchestration)
         if fork.stage is not Stage.QUEUE:
             await self._runtime.slots.take(self._ref, orchestration.config.max_concurrent)

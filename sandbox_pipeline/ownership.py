@@ -45,17 +45,42 @@ def claimed(
             "wait for it, cancel it, or choose another workflow_id"
         )
         raise OwnershipError(msg)
+    mine = _alive_here(
+        run_id, 1 if owner is None else owner.epoch + 1, silent_seconds=silent_seconds
+    )
+    return orchestration.evolve(owner=mine)
+
+
+def beaten(orchestration: Orchestration, run_id: str) -> Orchestration:
+    """The orchestration with a sign of life of its run, if it is still this one.
+
+    The process that gives the sign is the one whose death would be the run's: an op that claimed
+    the orchestration may have run elsewhere, on a Celery worker or in a pod.
+    """
+    owner = orchestration.owner
+    if owner is None or owner.run_id != run_id:
+        return orchestration
+    mine = _alive_here(run_id, owner.epoch, silent_seconds=owner.silent_seconds)
+    return orchestration.evolve(owner=mine)
+
+
+def on_another_machine(orchestration: Orchestration) -> bool:
+    """Whether this process is known to be on another machine than the owner's."""
+    owner, here = orchestration.owner, boot_id()
+    return owner is not None and bool(owner.boot and here) and owner.boot.split()[0] != here
+
+
+def _alive_here(run_id: str, epoch: int, *, silent_seconds: float) -> Owner:
     pid = int(os.environ.get(WORKER_VARIABLE) or os.getpid())
-    mine = Owner(
+    return Owner(
         run_id=run_id,
-        epoch=1 if owner is None else owner.epoch + 1,
+        epoch=epoch,
         pid=pid,
         boot=_pid_space(),
         pid_started=process_started(pid) or "",
         heartbeat=now(),
         silent_seconds=silent_seconds,
     )
-    return orchestration.evolve(owner=mine)
 
 
 def is_dead(owner: Owner) -> bool:

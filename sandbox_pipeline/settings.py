@@ -12,10 +12,10 @@ from typing import Literal, cast
 from sandbox_pipeline.errors import ConfigError
 
 PREFIX = "SANDBOX_PIPELINE_"
-EXECUTORS = ("async", "multiprocess")
+EXECUTORS = ("async", "multiprocess", "celery", "k8s")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
-ExecutorName = Literal["async", "multiprocess"]
+ExecutorName = Literal["async", "multiprocess", "celery", "k8s"]
 
 VARIABLES: dict[str, tuple[str, str]] = {
     "E2B_API_KEY": ("", "Key of E2B; with it, `sandbox.provider: auto` means E2B."),
@@ -51,7 +51,12 @@ VARIABLES: dict[str, tuple[str, str]] = {
     ),
     f"{PREFIX}EXECUTOR": (
         "async",
-        "How ops run: `async` (all on one event loop) or `multiprocess` (a process each).",
+        "How ops run: `async` (all on one event loop), `multiprocess` (a process each), `celery` "
+        "(on Celery workers) or `k8s` (a Kubernetes Job each); docs/scaling.md says when.",
+    ),
+    f"{PREFIX}CELERY_BROKER": (
+        "redis://127.0.0.1:6379/0",
+        "URL of the Redis that the `celery` executor hands ops out by.",
     ),
     f"{PREFIX}DAILY_BUDGET_USD": (
         "",
@@ -82,6 +87,7 @@ class Settings:
     port: int
     log_level: str
     executor: ExecutorName
+    celery_broker: str
     daily_budget_usd: float | None = None
     silent_seconds: float = 60.0
 
@@ -116,6 +122,7 @@ class Settings:
             executor=cast(
                 "ExecutorName", _choice("EXECUTOR", value("EXECUTOR", "async"), EXECUTORS)
             ),
+            celery_broker=_broker(value("CELERY_BROKER", "redis://127.0.0.1:6379/0")),
             daily_budget_usd=_positive("DAILY_BUDGET_USD", budget) if budget else None,
             silent_seconds=_positive("SILENT_SECONDS", value("SILENT_SECONDS", "60")),
         )
@@ -127,6 +134,14 @@ def default_home(environ: Mapping[str, str]) -> Path:
         return Path(environ["DAGSTER_HOME"]).expanduser().absolute()
     data = environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")  # noqa: PTH111 - without a home folder it leaves ~, and the error then names the path
     return Path(data) / "sandbox_pipeline"
+
+
+def _broker(url: str) -> str:
+    if not url.startswith(("redis://", "rediss://", "redis+socket://")):
+        scheme = url.partition("://")[0] if "://" in url else "(none)"
+        msg = f"{PREFIX}CELERY_BROKER: a URL with scheme {scheme!r} is not one of Redis (redis://…)"
+        raise ConfigError(msg)
+    return url
 
 
 def _positive(name: str, value: str) -> float:

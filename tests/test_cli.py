@@ -309,7 +309,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
 
 def test_environment_errors_name_the_variable(home: Path) -> None:
     assert "SANDBOX_PIPELINE_PORT: 'x'" in cli("demo", SANDBOX_PIPELINE_PORT="x").stderr
-    done = cli("demo", SANDBOX_PIPELINE_EXECUTOR="celery")
+    done = cli("demo", SANDBOX_PIPELINE_EXECUTOR="spark")
     assert (done.returncode, "SANDBOX_PIPELINE_EXECUTOR" in done.stderr) == (2, True)
     done = cli("demo", DAGSTER_HOME="/proc/nonsense")
     assert (done.returncode, "DAGSTER_HOME" in done.stderr) == (2, True)

@@ -20,12 +20,14 @@ from dagster import reconstructable
 from sandbox_pipeline.cli.common import with_runtime
 from sandbox_pipeline.cli.live import Watch
 from sandbox_pipeline.config import OrchestrationConfig
+from sandbox_pipeline.defs.executors import check_extra, check_place
 from sandbox_pipeline.defs.guard import INTERACTIVE_TAG
 from sandbox_pipeline.defs.ops import ERROR_TYPE
 from sandbox_pipeline.errors import ConfigError
 from sandbox_pipeline.instance import ensure_home
 from sandbox_pipeline.launching import run_config
 from sandbox_pipeline.orchestrating import validate
+from sandbox_pipeline.plugins import resolve_provider
 from sandbox_pipeline.records import Fork, Orchestration, orchestration_key
 from sandbox_pipeline.runtime import Runtime
 from sandbox_pipeline.settings import Settings, default_home
@@ -66,6 +68,9 @@ def execute(config: OrchestrationConfig, *, quiet: bool) -> Executed:
         ConfigError: it can't be run as configured; nothing was created.
     """
     ensure_home(default_home(os.environ))
+    settings = Settings.from_environ(os.environ)
+    check_extra(settings.executor)
+    check_place(settings.executor, resolve_provider(config, os.environ), settings.db_url)
     workflow_id = config.workflow_id or f"wf-{uuid.uuid4().hex[:8]}"
     config = config.model_copy(update={"workflow_id": workflow_id})
 

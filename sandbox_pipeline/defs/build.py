@@ -10,7 +10,7 @@ import pandas as pd
 
 from sandbox_pipeline.config import OrchestrationConfig, parse_config
 from sandbox_pipeline.defs.decision import checks_of, decision_assets
-from sandbox_pipeline.defs.executor import executor_named
+from sandbox_pipeline.defs.executors import executor_named, lost_step_policy
 from sandbox_pipeline.defs.launchpad import launchpad_schema
 from sandbox_pipeline.defs.ops import (
     RUNTIME,
@@ -89,6 +89,7 @@ def build_orchestration(
         selection=dg.AssetSelection.assets(*assets),
         description=f"Run the orchestration '{label}': fork the prompt, run, compare, clean up.",
         executor_def=chosen,
+        op_retry_policy=lost_step_policy(executor),
         tags=RETRY_TAGS,
     )
     return dg.Definitions(

@@ -32,7 +32,6 @@ from dagster_async_executor.executor import AsyncExecutor
 from dagster_async_executor.executor_definition import async_executor
 
 from sandbox_pipeline.defs.guard import guarded
-from sandbox_pipeline.settings import ExecutorName
 
 if TYPE_CHECKING:
     from dagster._core.execution.context.system import (
@@ -214,8 +213,3 @@ def sandbox_multiprocess_executor(init_context: dg.InitExecutorContext) -> Guard
     return GuardedExecutor(
         _core_multiprocess_executor_creation(cast("Any", init_context.executor_config))
     )
-
-
-def executor_named(name: ExecutorName) -> dg.ExecutorDefinition:
-    """The executor that `SANDBOX_PIPELINE_EXECUTOR` names."""
-    return sandbox_multiprocess_executor if name == "multiprocess" else sandbox_async_executor

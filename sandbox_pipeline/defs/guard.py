@@ -22,10 +22,9 @@ from pathlib import Path
 
 import dagster as dg
 
-from sandbox_pipeline.clock import now
 from sandbox_pipeline.errors import PipelineError, StoreError
 from sandbox_pipeline.orchestrating import settle_cancelled
-from sandbox_pipeline.ownership import HEARTBEAT_SECONDS, WORKER_VARIABLE
+from sandbox_pipeline.ownership import HEARTBEAT_SECONDS, WORKER_VARIABLE, beaten
 from sandbox_pipeline.records import Control, Orchestration
 from sandbox_pipeline.runtime import Runtime
 
@@ -126,7 +125,7 @@ class _Guard:
         if mine and time.monotonic() - self._last_beat > min(HEARTBEAT_SECONDS, silent / 4):
             self._last_beat = time.monotonic()
             for key in mine:
-                await runtime.store.update(Orchestration, key, lambda it: _beaten(it, self._run_id))
+                await runtime.store.update(Orchestration, key, lambda it: beaten(it, self._run_id))
         cancelled = any(it.control is Control.CANCEL for it in mine.values())
         if (cancelled or self.lost) and not self._interrupted:
             self._interrupted = True
@@ -139,13 +138,6 @@ class _Guard:
 
 def _owner_id(orchestration: Orchestration) -> str | None:
     return None if orchestration.owner is None else orchestration.owner.run_id
-
-
-def _beaten(orchestration: Orchestration, run_id: str) -> Orchestration:
-    owner = orchestration.owner
-    if owner is None or owner.run_id != run_id:
-        return orchestration
-    return orchestration.evolve(owner=owner.model_copy(update={"heartbeat": now()}))
 
 
 async def _settle(home: Path | None, run_id: str) -> None:

@@ -13,11 +13,13 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 
 from sandbox_pipeline import orchestrating
 from sandbox_pipeline.config import OrchestrationConfig, parse_config
+from sandbox_pipeline.defs.executors import check_place
 from sandbox_pipeline.defs.presentation import asked_tags, fork_metrics_metadata, outcome_tags
 from sandbox_pipeline.defs.reconciling import report_dead
 from sandbox_pipeline.errors import PipelineError
 from sandbox_pipeline.lifecycle import ForkLife
 from sandbox_pipeline.metrics import frame
+from sandbox_pipeline.plugins import resolve_provider
 from sandbox_pipeline.reaper import reap
 from sandbox_pipeline.records import Event, ForkRef, Orchestration, orchestration_key
 from sandbox_pipeline.redaction import Redactor
@@ -164,6 +166,9 @@ async def _begin(
     context: dg.OpExecutionContext, config: OrchestrationConfig, workflow_id: str
 ) -> list[ForkRef]:
     runtime = _runtime(context)
+    provider = resolve_provider(config, runtime.environ)
+    executor = context.job_def.executor_def.name.removeprefix("sandbox_")
+    check_place(executor, provider, runtime.settings.db_url)
     refs = await orchestrating.begin(
         runtime,
         config,
