@@ -10,12 +10,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from sandbox_pipeline.cli.common import with_runtime
+from sandbox_pipeline.records import Orchestration, Stage, orchestration_key
+from sandbox_pipeline.runtime import Runtime
 from tests.postgres import Postgres
 from tests.processes import live_sandboxes, wait_until_gone
 from tests.redis import running_redis
@@ -44,7 +47,8 @@ def deployment(
     home: Path, postgres: Postgres, broker: str, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
     """As in production: nothing of it is a file of SQLite."""
-    storage = postgres.new_database().replace("+psycopg", "")
+    # dagster-postgres speaks psycopg2's dialect; SQLAlchemy 2.1 takes another where none is named.
+    storage = postgres.new_database().replace("+psycopg", "+psycopg2")
     (home / "dagster.yaml").write_text(DAGSTER_YAML.format(url=storage), encoding="utf-8")
     monkeypatch.setenv("SANDBOX_PIPELINE_DB_URL", postgres.new_database())
     monkeypatch.setenv("SANDBOX_PIPELINE_EXECUTOR", "celery")
@@ -73,13 +77,19 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def start(repo: Path, forks: int, command: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextlib.contextmanager
+def started(repo: Path, forks: int, command: str) -> Generator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
         [*CLI, "run", "--repo", str(repo), "--prompt", "p", "--forks", str(forks),
          "--max-concurrent", str(WIDTH), "--workflow-id", "w", "--command", command,
          "--set", "rate_limit.starts=100", "--json"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
     )  # fmt: skip
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 class Peak:
@@ -104,72 +114,83 @@ class Peak:
         self._thread.join()
 
 
-def status() -> dict[str, Any]:
-    done = cli("status", "w", "--json")
-    return json.loads(done.stdout) if done.stdout else {"forks": [], "state": "unknown"}
+@dataclass(frozen=True)
+class State:
+    owner: str
+    at_work: int
+    events: list[str]
 
 
-def wait_for_agents(count: int, run: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while sum(fork["stage"] == "agent" for fork in status()["forks"]) < count:
+def state() -> State:
+    async def read(runtime: Runtime) -> State:
+        found = await runtime.store.get(Orchestration, orchestration_key("w"))
+        forks = await runtime.store.forks("w")
+        return State(
+            found.owner.run_id if found and found.owner else "",
+            sum(fork.stage is Stage.AGENT for fork in forks),
+            [event.name for event in await runtime.store.events("w")],
+        )
+
+    return with_runtime(read)
+
+
+def wait_until(reached: Callable[[State], bool], run: subprocess.Popen[str]) -> State:
+    deadline = time.monotonic() + 120
+    while not reached(seen := state()):
         assert run.poll() is None, run.communicate()
-        assert time.monotonic() < deadline, status()
+        assert time.monotonic() < deadline, seen
         time.sleep(0.2)
+    return seen
 
 
 def test_forks_of_a_killed_worker_are_followed_to_their_end_by_another(
     deployment: Path, repo: Path, tmp_path: Path
 ) -> None:
-    with worker("first", tmp_path) as first, Peak(deployment) as peak:
-        run = start(repo, 5, "sh -c 'echo run >> runs; sleep 8'")
-        wait_for_agents(WIDTH, run)
+    agent = "sh -c 'echo run >> runs; sleep 15'"
+    with (
+        worker("first", tmp_path) as first,
+        Peak(deployment) as peak,
+        started(repo, 4, agent) as run,
+    ):
+        wait_until(lambda seen: seen.at_work == WIDTH, run)
         with worker("second", tmp_path):
             kill(first)
-            out, err = run.communicate(timeout=120)
+            out, err = run.communicate(timeout=200)
     assert run.returncode == 0, err
     rows = json.loads(out)["forks"]
-    assert [row["outcome"] for row in rows] == ["success"] * 5, rows
-    assert [row["agent_attempts"] for row in rows] == [1] * 5
-    assert [row["insertions"] for row in rows] == [1] * 5, "no agent was started twice"
+    assert [row["outcome"] for row in rows] == ["success"] * 4, rows
+    assert [row["agent_attempts"] for row in rows] == [1] * 4
+    assert [row["insertions"] for row in rows] == [1] * 4, "no agent was started twice"
     assert peak.most == WIDTH
-    events = [json.loads(line)["name"] for line in cli("events", "w", "--json").stdout.splitlines()]
-    assert events.count("sandbox-created") == 5
+    assert state().events.count("sandbox-created") == 4
     assert wait_until_gone(deployment, 10) == []
 
 
 def test_a_killed_run_is_taken_over_and_a_cancel_leaves_nothing(
     deployment: Path, repo: Path, tmp_path: Path
 ) -> None:
-    agent = "sh -c 'echo run >> runs; sleep 60'"
+    agent = "sh -c 'echo run >> runs; sleep 600'"
     with worker("only", tmp_path):
-        first = start(repo, 4, agent)
-        wait_for_agents(WIDTH, first)
-        sandboxes = live_sandboxes(deployment)
-        first.kill()
-        first.communicate()
-        second = start(repo, 4, agent)
-        deadline = time.monotonic() + 60
-        while status()["run_id"] == status_run(first) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        wait_for_agents(WIDTH, second)
-        assert live_sandboxes(deployment) == sandboxes, "the agents were left at work"
-        assert cli("cancel", "w").returncode == 0
-        out, err = second.communicate(timeout=60)
+        with started(repo, 3, agent) as first:
+            killed = wait_until(lambda seen: seen.at_work == WIDTH, first)
+            sandboxes = live_sandboxes(deployment)
+        with started(repo, 3, agent) as second:
+            seen = wait_until(lambda seen: seen.events.count("fork-resumed") == WIDTH, second)
+            assert seen.owner != killed.owner
+            assert live_sandboxes(deployment) == sandboxes, "the agents were left at work"
+            assert cli("cancel", "w").returncode == 0
+            out, err = second.communicate(timeout=100)
     assert second.returncode == 130, err
-    rows = json.loads(out)["forks"]
-    assert [row["outcome"] for row in rows] == ["cancelled"] * 4
+    assert [row["outcome"] for row in json.loads(out)["forks"]] == ["cancelled"] * 3
     assert wait_until_gone(deployment, 10) == []
-
-
-def status_run(run: subprocess.Popen[str]) -> str:
-    return ""
 
 
 def test_a_broker_that_does_not_answer_is_named_before_anything_is_created(
     deployment: Path, repo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SANDBOX_PIPELINE_CELERY_BROKER", "redis://:secret-word@127.0.0.1:9/0")
-    out, err = start(repo, 1, "true").communicate(timeout=60)
+    with started(repo, 1, "true") as run:
+        out, err = run.communicate(timeout=100)
     assert "SANDBOX_PIPELINE_CELERY_BROKER: no answer" in out + err
     assert "secret-word" not in out + err
     assert not list(deployment.glob("sandboxes/*"))

@@ -77,8 +77,10 @@ def check_place(executor: str, provider: str, db_url: str) -> None:
 def lost_step_policy(name: ExecutorName) -> dg.RetryPolicy | None:
     """What follows when the worker or pod of an op dies: the op goes elsewhere, and resumes.
 
-    An op's own failures allow no retries, so that only what nobody foresaw is tried again.
+    An op's own failures allow no retries, so that only what nobody foresaw is tried again. There
+    is no delay, since an op that waits for its retry counts as none under way: forks that wait
+    for its slot would take its place for ever.
     """
     if name not in _NEEDS:
         return None
-    return dg.RetryPolicy(max_retries=LOST_STEP_RETRIES, delay=1)
+    return dg.RetryPolicy(max_retries=LOST_STEP_RETRIES)
