@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from sandbox_pipeline.budgets import limit_usd, spent_usd
-from sandbox_pipeline.errors import PipelineError, ProviderError, StoreError
-from sandbox_pipeline.ownership import held_by
+from sandbox_pipeline.errors import OwnershipError, PipelineError, ProviderError, StoreError
+from sandbox_pipeline.ownership import held_by, left_by_its_run
 from sandbox_pipeline.records import (
     AgentResult,
     Control,
@@ -73,7 +73,7 @@ class Orders:
         """Why this fork has to stop, if it has to.
 
         Raises:
-            OwnershipError: the run lost the orchestration; nothing of it may be touched.
+            OwnershipError: the run lost the orchestration, or is dead; nothing may be touched.
             StoreError: nobody knows.
         """
         async with self._lock:
@@ -86,6 +86,10 @@ class Orders:
                 self._read[ref.workflow_id] = known
         _, orchestration, forks = known
         held_by(run_id)(orchestration)
+        if left_by_its_run(orchestration):
+            # Else it would keep a Celery worker from the run that takes over.
+            msg = f"the worker of run {run_id} is dead; what this op does is left to the next run"
+            raise OwnershipError(msg)
         return why_stop(orchestration, forks, ref.fork_num)
 
 

@@ -70,8 +70,12 @@ def on_another_machine(orchestration: Orchestration) -> bool:
     return owner is not None and bool(owner.boot and here) and owner.boot.split()[0] != here
 
 
+def _worker_pid() -> int:
+    return int(os.environ.get(WORKER_VARIABLE) or os.getpid())
+
+
 def _alive_here(run_id: str, epoch: int, *, silent_seconds: float) -> Owner:
-    pid = int(os.environ.get(WORKER_VARIABLE) or os.getpid())
+    pid = _worker_pid()
     return Owner(
         run_id=run_id,
         epoch=epoch,
@@ -92,6 +96,14 @@ def is_dead(owner: Owner) -> bool:
     ):
         return True
     return now().seconds_since(owner.heartbeat) > owner.silent_seconds
+
+
+def left_by_its_run(orchestration: Orchestration) -> bool:
+    """Whether this process works for a run whose own worker, another process, is dead."""
+    owner = orchestration.owner
+    if owner is None or (owner.boot == _pid_space() and owner.pid == _worker_pid()):
+        return False
+    return is_dead(owner)
 
 
 def held_by(run_id: str) -> Fence:

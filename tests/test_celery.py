@@ -135,7 +135,7 @@ def state() -> State:
 
 
 def wait_until(reached: Callable[[State], bool], run: subprocess.Popen[str]) -> State:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not reached(seen := state()):
         assert run.poll() is None, run.communicate()
         assert time.monotonic() < deadline, seen
@@ -143,6 +143,7 @@ def wait_until(reached: Callable[[State], bool], run: subprocess.Popen[str]) -> 
     return seen
 
 
+@pytest.mark.timeout(600)
 def test_forks_of_a_killed_worker_are_followed_to_their_end_by_another(
     deployment: Path, repo: Path, tmp_path: Path
 ) -> None:
@@ -155,7 +156,7 @@ def test_forks_of_a_killed_worker_are_followed_to_their_end_by_another(
         wait_until(lambda seen: seen.at_work == WIDTH, run)
         with worker("second", tmp_path):
             kill(first)
-            out, err = run.communicate(timeout=200)
+            out, err = run.communicate(timeout=240)
     assert run.returncode == 0, err
     rows = json.loads(out)["forks"]
     assert [row["outcome"] for row in rows] == ["success"] * 4, rows
@@ -166,6 +167,7 @@ def test_forks_of_a_killed_worker_are_followed_to_their_end_by_another(
     assert wait_until_gone(deployment, 10) == []
 
 
+@pytest.mark.timeout(600)
 def test_a_killed_run_is_taken_over_and_a_cancel_leaves_nothing(
     deployment: Path, repo: Path, tmp_path: Path
 ) -> None:
@@ -179,7 +181,7 @@ def test_a_killed_run_is_taken_over_and_a_cancel_leaves_nothing(
             assert seen.owner != killed.owner
             assert live_sandboxes(deployment) == sandboxes, "the agents were left at work"
             assert cli("cancel", "w").returncode == 0
-            out, err = second.communicate(timeout=100)
+            out, err = second.communicate(timeout=240)
     assert second.returncode == 130, err
     assert [row["outcome"] for row in json.loads(out)["forks"]] == ["cancelled"] * 3
     assert wait_until_gone(deployment, 10) == []
@@ -190,7 +192,7 @@ def test_a_broker_that_does_not_answer_is_named_before_anything_is_created(
 ) -> None:
     monkeypatch.setenv("SANDBOX_PIPELINE_CELERY_BROKER", "redis://:secret-word@127.0.0.1:9/0")
     with started(repo, 1, "true") as run:
-        out, err = run.communicate(timeout=100)
+        out, err = run.communicate(timeout=240)
     assert "SANDBOX_PIPELINE_CELERY_BROKER: no answer" in out + err
     assert "secret-word" not in out + err
     assert not list(deployment.glob("sandboxes/*"))

@@ -13,9 +13,10 @@ from sandbox_pipeline import demo
 from sandbox_pipeline.config import OrchestrationConfig
 from sandbox_pipeline.defs.build import build_orchestration
 from sandbox_pipeline.defs.executors import check_extra, check_place, executor_named
-from sandbox_pipeline.errors import ConfigError
+from sandbox_pipeline.errors import ConfigError, OwnershipError
 from sandbox_pipeline.lifecycle import ForkLife
 from sandbox_pipeline.orchestrating import begin
+from sandbox_pipeline.orders import Orders
 from sandbox_pipeline.ownership import beaten, is_dead
 from sandbox_pipeline.records import ForkRef, Orchestration, orchestration_key
 from sandbox_pipeline.runtime import Runtime, silent
@@ -114,6 +115,13 @@ async def test_the_process_that_gives_signs_of_life_is_the_one_whose_death_count
     assert not is_dead(adopted)
     assert adopted.epoch == claimed.owner.epoch
     assert beaten(elsewhere, "run-2") == elsewhere, "only the owner's own run"
+    ref = ForkRef(workflow_id="w", fork_num=0)
+    assert await runtime.orders.of(ref, "run-1") is None
+    await runtime.store.update(
+        Orchestration, claimed.key, lambda it: it.evolve(owner=elsewhere.owner)
+    )
+    with pytest.raises(OwnershipError, match="the worker of run run-1 is dead"):
+        await Orders(runtime.store).of(ref, "run-1")
 
 
 async def test_a_local_sandbox_is_refused_on_another_machine_than_the_runs(
