@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from sandbox_pipeline.clock import now
-from sandbox_pipeline.errors import ConfigError, ConflictError, StoreError
+from sandbox_pipeline.errors import BudgetError, ConfigError, ConflictError, StoreError
 from sandbox_pipeline.records import Event, Fork, Lease, Outcome, SandboxState, fork_key
 from sandbox_pipeline.store import Store, engine
+from sandbox_pipeline.store.spending import Claim
 from sandbox_pipeline.store.store import TerminalError
 from tests.postgres import Postgres
 
@@ -194,3 +195,19 @@ def test_the_schema_in_the_migrations_is_that_of_the_tables(url: str) -> None:
         )
         assert compare_metadata(context, metadata) == []
     made.dispose()
+
+
+async def test_a_days_budget_is_added_up_over_orchestrations(store: Store) -> None:
+    def claim(workflow_id: str, fork_num: int) -> Claim:
+        return Claim(workflow_id, fork_num, 2, wanted_usd=0.4, budget_usd=5.0, daily_budget_usd=1.0)
+
+    assert await store.reserve(claim("a", 0)) == pytest.approx(0.4)
+    assert await store.reserve(claim("a", 0)) == pytest.approx(0.4), "it keeps what it has"
+    assert await store.reserve(claim("b", 0)) == pytest.approx(0.4)
+    assert await store.reserve(claim("b", 1)) is None, "it waits for the others"
+    await store.settle("a", 0, spent_usd=0.1, agent_ran=True)
+    assert await store.reserve(claim("b", 1)) == pytest.approx(0.4)
+    await store.settle("b", 0, spent_usd=None, agent_ran=True)
+    await store.settle("b", 1, spent_usd=0.45, agent_ran=True)
+    with pytest.raises(BudgetError, match=r"daily_budget_usd: 0\.0500 of 1 US dollars"):
+        await store.reserve(claim("a", 1))

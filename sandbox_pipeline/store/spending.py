@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -43,26 +42,25 @@ def reserve(connection: Connection, claim: Claim, at: float) -> float | None:
     """
     table = tables.spending
     day = day_of(at)
-    rows = connection.execute(
-        sa.select(table).where(sa.or_(table.c.workflow_id == claim.workflow_id, table.c.day == day))
+    of_workflow = connection.execute(
+        sa.select(table).where(table.c.workflow_id == claim.workflow_id)
     ).all()
-    mine = [row for row in rows if _is_of(row, claim)]
+    mine = [row for row in of_workflow if row.fork_num == claim.fork_num]
     if mine and mine[0].reserved_usd is not None:
         return float(mine[0].reserved_usd)
-    of_workflow = [row for row in rows if row.workflow_id == claim.workflow_id]
-    of_day = [row for row in rows if row.day == day]
     unplaced = max(1, claim.num_forks - len(of_workflow) + len(mine))
     amounts: list[float] = []
     for name, budget, counted in (
-        ("budget_usd", claim.budget_usd, of_workflow),
-        ("daily_budget_usd", claim.daily_budget_usd, of_day),
+        ("budget_usd", claim.budget_usd, table.c.workflow_id == claim.workflow_id),
+        ("daily_budget_usd", claim.daily_budget_usd, table.c.day == day),
     ):
         if budget is None:
             continue
-        left = budget - _committed(counted)
+        committed_usd, at_work = _committed(connection, counted)
+        left = budget - committed_usd
         least = LEAST_USD if claim.wanted_usd is None else claim.wanted_usd - LEAST_USD
         if left < least:
-            if any(row.reserved_usd is not None for row in counted):
+            if at_work:
                 return None
             msg = f"{name}: {max(0.0, left):.4f} of {budget:g} US dollars are left, which is " + (
                 "nothing to start with"
@@ -106,12 +104,21 @@ def day_of(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).date().isoformat()
 
 
-def _is_of(row: Any, claim: Claim) -> bool:
-    return row.workflow_id == claim.workflow_id and row.fork_num == claim.fork_num
+def _committed(connection: Connection, counted: sa.ColumnElement[bool]) -> tuple[float, int]:
+    """What is reserved or spent, and how many have a reservation.
 
-
-def _committed(rows: Sequence[Any]) -> float:
-    return sum(max(row.reserved_usd or 0.0, row.spent_usd) for row in rows)
+    Added up by the database: a day may have many thousands of forks.
+    """
+    table = tables.spending
+    more = sa.case(
+        (sa.func.coalesce(table.c.reserved_usd, 0.0) > table.c.spent_usd, table.c.reserved_usd),
+        else_=table.c.spent_usd,
+    )
+    query = sa.select(
+        sa.func.coalesce(sa.func.sum(more), 0.0), sa.func.count(table.c.reserved_usd)
+    ).where(counted)
+    committed_usd, at_work = connection.execute(query).one()
+    return float(committed_usd), int(at_work)
 
 
 def _write(connection: Connection, workflow_id: str, fork_num: int, **values: Any) -> None:
