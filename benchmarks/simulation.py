@@ -1,6 +1,6 @@
 """A day of many orchestrations, on virtual time, against a modelled provider.
 
-Usage: python -m benchmarks.simulation [--scenario NAME …] [--scale 1.0] [--json]
+Usage: python -m benchmarks.simulation [--scenario NAME …] [--part 1.0] [--json]
 
 Real are the store with its transactions (SQLite in memory), the admission to `max_concurrent`,
 the ledger of the rate limit, budgets, leases, retries and the reconciliation of lost answers.
@@ -34,6 +34,7 @@ from sandbox_pipeline.records import ForkRef, Orchestration
 from sandbox_pipeline.runtime import Runtime
 from sandbox_pipeline.settings import Settings
 from sandbox_pipeline.store import Store
+from sandbox_pipeline.store.engine import open_engine
 from sandbox_pipeline.testing import FakeAgent
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ class Scenario:
     runs: int
     plan: Plan
     forks_each: int = 20
-    max_concurrent: int = 10
+    max_concurrent: int = 4
     agent_seconds: float = 600.0
     hours: float = 24.0
     starts_per_second: int = 5
@@ -73,13 +74,18 @@ PRO = Plan(concurrent=100, creates_per_second=5)
 PRO_MORE = Plan(concurrent=1100, creates_per_second=5)
 FREE = Plan(concurrent=20, creates_per_second=1)
 
+HEADER = """\
+| scenario | forks done | failed | hours | queue p50 / p99, s | 429 for rate / for concurrency \
+| most creations in 1 s / limit | most alive / limit | utilisation | asks per permit |
+|---|---|---|---|---|---|---|---|---|---|"""
+
 SCENARIOS = [
-    Scenario("10k", 10_000, runs=10, plan=PRO),
-    Scenario("10k-in-8h", 10_000, runs=10, plan=PRO, hours=8),
-    Scenario("10k-no-queue", 10_000, runs=1000, plan=PRO),
-    Scenario("10k-free-plan", 10_000, runs=2, plan=FREE, starts_per_second=1),
-    Scenario("100k", 100_000, runs=110, plan=PRO_MORE),
-    Scenario("100k-in-8h", 100_000, runs=110, plan=PRO_MORE, hours=8),
+    Scenario("10k", 10_000, runs=25, plan=PRO),
+    Scenario("10k-wide", 10_000, runs=10, plan=PRO, max_concurrent=10),
+    Scenario("10k-in-8h", 10_000, runs=25, plan=PRO, hours=8),
+    Scenario("10k-no-queue", 10_000, runs=1000, plan=PRO, max_concurrent=10),
+    Scenario("10k-free-plan", 10_000, runs=5, plan=FREE, starts_per_second=1),
+    Scenario("100k", 100_000, runs=275, plan=PRO_MORE),
 ]
 
 
@@ -101,6 +107,7 @@ class Figures:
     most_alive: int = 0
     most_alive_of_one: int = 0
     limit: int = 0
+    rate_limit: int = 0
     utilisation: float = 0.0
     left_alive: int = 0
     permit_asks_per_creation: float = 0.0
@@ -142,12 +149,17 @@ class Simulation:
         self._provider = ModelledProvider(scenario.plan, self._dice)
         self._waits: list[float] = []
         self._config = _config(scenario)
-        self.figures = Figures(scenario.name, scenario.forks, limit=scenario.plan.concurrent)
+        self.figures = Figures(
+            scenario.name,
+            scenario.forks,
+            limit=scenario.plan.concurrent,
+            rate_limit=scenario.plan.creates_per_second,
+        )
 
     async def run(self) -> Figures:
         """The whole day, until the last fork is done."""
         began = time.monotonic()
-        store = VirtualStore.open("sqlite://")
+        store = VirtualStore(open_engine("sqlite://"))
         scenario, figures = self._scenario, self.figures
         queue = asyncio.Semaphore(scenario.runs)
         count = scenario.forks // scenario.forks_each
@@ -292,36 +304,36 @@ def main() -> int:
     )
     names = [scenario.name for scenario in SCENARIOS]
     parser.add_argument("--scenario", choices=names, nargs="*", default=names)
-    parser.add_argument("--scale", type=float, default=1.0, help="part of the day's forks")
+    parser.add_argument("--part", type=float, default=1.0, help="of the day, at its rates")
     parser.add_argument("--json", action="store_true")
     chosen = parser.parse_args()
     rows: list[Figures] = []
+    if not chosen.json:
+        print(HEADER, flush=True)
     for scenario in SCENARIOS:
-        if scenario.name in chosen.scenario:
-            scaled = replace(
-                scenario,
-                forks=int(scenario.forks * chosen.scale),
-                hours=scenario.hours * chosen.scale,
-            )
-            rows.append(simulate(scaled))
-            sys.stderr.write(f"{scenario.name}: {rows[-1].real_seconds:.0f} s\n")
+        if scenario.name not in chosen.scenario:
+            continue
+        part = replace(
+            scenario,
+            forks=int(scenario.forks * chosen.part),
+            hours=scenario.hours * chosen.part,
+        )
+        rows.append(simulate(part))
+        if not chosen.json:
+            print(_line(rows[-1]), flush=True)
     if chosen.json:
         print(json.dumps([asdict(row) for row in rows]))
-        return 0
-    print(
-        "| scenario | forks done | failed | hours | queue p50 / p99 s | 429 rate / concurrent "
-        "| most creations in 1 s | most alive / limit | utilisation | asks per permit |\n"
-        "|---|---|---|---|---|---|---|---|---|---|"
-    )
-    for row in rows:
-        print(
-            f"| {row.scenario} | {row.done} | {row.failed} | {row.hours_until_done:.1f} "
-            f"| {row.queue_p50_seconds:.1f} / {row.queue_p99_seconds:.0f} "
-            f"| {row.refused_rate} / {row.refused_concurrent} | {row.most_in_a_second} "
-            f"| {row.most_alive} / {row.limit} | {row.utilisation:.0%} "
-            f"| {row.permit_asks_per_creation:.1f} |"
-        )
     return 0
+
+
+def _line(row: Figures) -> str:
+    return (
+        f"| {row.scenario} | {row.done} | {row.failed} | {row.hours_until_done:.1f} "
+        f"| {row.queue_p50_seconds:.1f} / {row.queue_p99_seconds:.0f} "
+        f"| {row.refused_rate} / {row.refused_concurrent} "
+        f"| {row.most_in_a_second} / {row.rate_limit} | {row.most_alive} / {row.limit} "
+        f"| {row.utilisation:.0%} | {row.permit_asks_per_creation:.1f} |"
+    )
 
 
 if __name__ == "__main__":

@@ -70,8 +70,9 @@ def test_a_run_is_a_pod_without_rights_that_has_secrets_and_volumes(tmp_path: Pa
     assert checked.success, checked.errors
     config = tmp_path / "kubeconfig"
     config.write_text(json.dumps(KUBECONFIG), encoding="utf-8")
-    outside = {"load_incluster_config": False, "kubeconfig_file": str(config)}
-    launcher = K8sRunLauncher(**{**cast("dict[str, Any]", checked.value), **outside})
+    settings = cast("dict[str, Any]", checked.value)
+    settings |= {"load_incluster_config": False, "kubeconfig_file": str(config)}
+    launcher = K8sRunLauncher(**settings)
     deployment = {
         "env": DEPLOYMENT["env"],
         "env_secrets": [it["name"] for it in DEPLOYMENT["envSecrets"]],
@@ -175,7 +176,7 @@ def test_the_image_copies_what_there_is_and_runs_as_nobody_special() -> None:
     assert DEPLOYMENT["securityContext"]["runAsUser"] == 10001
 
 
-KUBECONFIG = {
+KUBECONFIG: dict[str, Any] = {
     "apiVersion": "v1",
     "kind": "Config",
     "current-context": "none",

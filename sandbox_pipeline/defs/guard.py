@@ -88,6 +88,7 @@ class _Guard:
         self._run_id = run_id
         self._interrupted = False
         self._last_beat = 0.0
+        self._last_scan = 0.0
         self._mine: dict[str, Orchestration] = {}
         self.over = threading.Event()
         self.lost = False
@@ -111,11 +112,22 @@ class _Guard:
         finally:
             await runtime.close()
 
+    async def _unfinished(self, runtime: Runtime) -> dict[str, Orchestration]:
+        """Unfinished orchestrations by key: mine, and now and then all, among which are new ones.
+
+        With many runs at once, each reading those of all others at each look would be most of
+        what the store does.
+        """
+        if self._mine and time.monotonic() - self._last_scan < HEARTBEAT_SECONDS:
+            read = [await runtime.store.get(Orchestration, key) for key in self._mine]
+            found = [it for it in read if it is not None and not it.complete]
+        else:
+            self._last_scan = time.monotonic()
+            found = await runtime.store.orchestrations(limit=10_000, unfinished_only=True)
+        return {it.key: it for it in found}
+
     async def _look(self, runtime: Runtime) -> None:
-        unfinished = {
-            it.key: it
-            for it in await runtime.store.orchestrations(limit=10_000, unfinished_only=True)
-        }
+        unfinished = await self._unfinished(runtime)
         mine = {key: it for key, it in unfinished.items() if _owner_id(it) == self._run_id}
         for key in self._mine.keys() & unfinished.keys() - mine.keys():
             self.lost = True
