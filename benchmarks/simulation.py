@@ -260,7 +260,7 @@ class Simulation:
         async def after_failure(attempt: int, error: ProviderError) -> None:
             return
 
-        live, _ = await leasing.create(
+        created = await leasing.create(
             runtime,
             orchestration,
             lease,
@@ -271,7 +271,7 @@ class Simulation:
             after_failure=after_failure,
         )
         await asyncio.sleep(self._dice.expovariate(1 / self._scenario.agent_seconds))
-        await leasing.end(runtime, live, orchestration.config.retry, note="done")
+        await leasing.end(runtime, created.lease, orchestration.config.retry, note="done")
 
 
 def _config(scenario: Scenario) -> OrchestrationConfig:
