@@ -1,4 +1,4 @@
-"""What a fork may spend on the model, and what it has spent."""
+"""What a fork, and the judge, may spend on the model, and what they have spent."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from sandbox_pipeline.records import Fork, Orchestration
 from sandbox_pipeline.store import Store
 from sandbox_pipeline.store.spending import Claim
 
+JUDGE = -1
+"""The judge's number among the forks of an orchestration, where money is counted."""
+
 
 def claim_of(
     orchestration: Orchestration, fork_num: int, deployment_daily_usd: float | None
 ) -> Claim | None:
     """What a fork has to have reserved before it starts; None where nothing is limited."""
     config = orchestration.config
-    daily = [
-        limit for limit in (config.daily_budget_usd, deployment_daily_usd) if limit is not None
-    ]
-    if config.budget_usd is None and not daily:
+    daily = _daily(orchestration, deployment_daily_usd)
+    if config.budget_usd is None and daily is None:
         return None
     return Claim(
         workflow_id=orchestration.workflow_id,
@@ -23,7 +24,26 @@ def claim_of(
         num_forks=config.num_forks,
         wanted_usd=config.agent.max_budget_usd,
         budget_usd=config.budget_usd,
-        daily_budget_usd=min(daily, default=None),
+        daily_budget_usd=daily,
+    )
+
+
+def judge_claim_of(
+    orchestration: Orchestration, deployment_daily_usd: float | None
+) -> Claim | None:
+    """What the judge has to have reserved before it starts; None where nothing is limited."""
+    config = orchestration.config
+    daily = _daily(orchestration, deployment_daily_usd)
+    if config.budget_usd is None and daily is None:
+        return None
+    return Claim(
+        workflow_id=orchestration.workflow_id,
+        fork_num=JUDGE,
+        num_forks=0,  # it comes after them: what is left is shared with none
+        wanted_usd=config.judge.max_budget_usd,
+        budget_usd=config.budget_usd,
+        daily_budget_usd=daily,
+        limited_by="judge.max_budget_usd",
     )
 
 
@@ -58,3 +78,21 @@ async def settle(store: Store, fork: Fork) -> None:
         spent_usd=spent,
         agent_ran=fork.agent_started_at is not None,
     )
+
+
+async def settle_judge(store: Store, orchestration: Orchestration) -> None:
+    """Count what the judge spent, and give back what it didn't; safe to repeat."""
+    judging = orchestration.judging
+    if judging is None:
+        return
+    await store.settle(
+        orchestration.workflow_id,
+        JUDGE,
+        spent_usd=judging.usage.cost_usd,
+        agent_ran=bool(judging.sums),
+    )
+
+
+def _daily(orchestration: Orchestration, deployment_usd: float | None) -> float | None:
+    limits = (orchestration.config.daily_budget_usd, deployment_usd)
+    return min((limit for limit in limits if limit is not None), default=None)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sandbox_pipeline.metrics import quantile, verdict_of
+from sandbox_pipeline.metrics import judge_cost_usd, quantile, verdict_of
 from sandbox_pipeline.records import Fork, Orchestration, Outcome, Verdict
 
 Z_95 = 1.959963984540054
@@ -19,7 +19,8 @@ class Compared:
     Attributes:
         passed: verified forks; successful ones where nothing was verified (`by_verification`).
         low, high: 95% Wilson interval of the pass rate.
-        cost_per_pass_usd: None where no cost is known or nothing passed.
+        cost_per_pass_usd: all that was spent, on the judge too; None where no fork's cost is known
+            or nothing passed.
         forks_without_cost: whose cost is missing in it.
         seconds_p50: median of the agents' time.
     """
@@ -53,6 +54,7 @@ def compared(name: str, parts: Sequence[tuple[Orchestration, Sequence[Fork]]]) -
         for fork in forks
         if fork.result and fork.result.usage.cost_usd is not None
     ]
+    judged = sum(judge_cost_usd(item) or 0.0 for item, _ in parts)
     seconds = sorted(
         fork.timings.agent_seconds for fork in forks if fork.timings.agent_seconds is not None
     )
@@ -64,7 +66,7 @@ def compared(name: str, parts: Sequence[tuple[Orchestration, Sequence[Fork]]]) -
         by_verification=by_verification,
         low=low,
         high=high,
-        cost_per_pass_usd=sum(costs) / passed if costs and passed else None,
+        cost_per_pass_usd=(sum(costs) + judged) / passed if costs and passed else None,
         forks_without_cost=len(forks) - len(costs),
         seconds_p50=quantile(seconds, 0.5),
     )

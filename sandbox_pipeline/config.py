@@ -14,6 +14,7 @@ from sandbox_pipeline.errors import ConfigError
 
 WORKFLOW_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,127}$"
 DEMO_REPO = "demo"
 SCHEDULE_FIELDS = ("cron", "timezone")
 """Of a named orchestration's file, beside the configuration itself."""
@@ -292,9 +293,63 @@ class RankingConfig(_Section):
     """What decides between patches of which the same is known; each weight counts relatively."""
 
     tests: float = Field(default=16, ge=0, le=1000, description="Weight of: more tests passed.")
+    judge: float = Field(
+        default=8,
+        ge=0,
+        le=1000,
+        description="Weight of: preferred by the judge, where there is one.",
+    )
     size: float = Field(default=4, ge=0, le=1000, description="Weight of: a smaller change.")
     cost: float = Field(default=2, ge=0, le=1000, description="Weight of: a lower cost.")
     time: float = Field(default=1, ge=0, le=1000, description="Weight of: a faster agent.")
+
+
+DEFAULT_RUBRIC = (
+    "Prefer the patch that does all of what was asked, correctly, also in edge cases. Among those, "
+    "prefer the one that is easier to read and to maintain and changes nothing without need. "
+    "Length is no merit."
+)
+
+
+class JudgeConfig(_Section):
+    """A model that compares patches which checks can't tell apart; see docs/deciding.md."""
+
+    enabled: bool = Field(
+        default=False,
+        description="Let a model compare, pairwise, the patches that are ahead and equal in "
+        "verification and tests passed. Sends prompt and patches to Anthropic's API, with "
+        "ANTHROPIC_API_KEY, and costs money.",
+    )
+    model: str = Field(
+        default="sonnet",
+        pattern=MODEL_NAME,
+        description="Model that judges, by alias or full name.",
+    )
+    rubric: str = Field(
+        default=DEFAULT_RUBRIC,
+        min_length=1,
+        max_length=20_000,
+        description="What makes one patch better than another.",
+    )
+    max_budget_usd: float | None = Field(
+        default=1.0,
+        gt=0,
+        description="Most US dollars that the judge may spend on one orchestration, within "
+        "budget_usd and the day's budget; empty: no limit of its own.",
+    )
+    max_comparisons: int = Field(
+        default=30,
+        ge=1,
+        le=200,
+        description="Most pairs of patches that are compared, each in both orders (two requests).",
+    )
+    timeout_seconds: float = Field(
+        default=900,
+        gt=0,
+        le=86_400,
+        description="Longest time the judge may take in all, in seconds; the ranking is then made "
+        "without it.",
+    )
 
 
 class PublishConfig(_Section):
@@ -357,7 +412,7 @@ class OrchestrationConfig(_Section):
     num_forks: int = Field(default=3, ge=1, le=1000, description="How many attempts are made.")
     model: str = Field(
         default="sonnet",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]{0,127}$",
+        pattern=MODEL_NAME,
         description="Model the agent uses, by alias or full name.",
     )
     max_concurrent: int = Field(
@@ -369,9 +424,9 @@ class OrchestrationConfig(_Section):
     budget_usd: float | None = Field(
         default=None,
         gt=0,
-        description="Most US dollars all forks together may spend on the model. Each fork has "
-        "agent.max_budget_usd of it reserved, else an equal share of what is left, and may spend "
-        "no more; empty: no limit.",
+        description="Most US dollars all forks together, and the judge, may spend on the model. "
+        "Each fork has agent.max_budget_usd of it reserved, else an equal share of what is left, "
+        "and may spend no more; empty: no limit.",
     )
     daily_budget_usd: float | None = Field(
         default=None,
@@ -432,6 +487,7 @@ class OrchestrationConfig(_Section):
     )
     publish: PublishConfig = Field(default_factory=PublishConfig)
     ranking: RankingConfig = Field(default_factory=RankingConfig)
+    judge: JudgeConfig = Field(default_factory=JudgeConfig)
     agent: AgentConfig
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
     health_check: HealthCheckConfig = Field(default_factory=HealthCheckConfig)
@@ -500,6 +556,13 @@ class OrchestrationConfig(_Section):
             msg = "must not contain a NUL byte"
             raise ValueError(msg)
         return value
+
+    @model_validator(mode="after")
+    def _judge_counts(self) -> Self:
+        if self.judge.enabled and self.ranking.judge == 0:
+            msg = "judge.enabled: would cost money and decide nothing while ranking.judge is 0"
+            raise ValueError(msg)
+        return self
 
     @model_validator(mode="after")
     def _something_verifies(self) -> Self:

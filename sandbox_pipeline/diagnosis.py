@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 from sandbox_pipeline import plugins, preparation
+from sandbox_pipeline.agents.anthropic_client import SDK_VARIABLES
 from sandbox_pipeline.agents.base import Agent, SelfCheckingAgent
+from sandbox_pipeline.agents.model_checks import check_model_api
 from sandbox_pipeline.checks import Check
 from sandbox_pipeline.config import OrchestrationConfig
 from sandbox_pipeline.errors import ConfigError, PipelineError
@@ -26,6 +29,7 @@ async def diagnose(runtime: Runtime, config: OrchestrationConfig) -> list[Check]
         _instance(runtime),
         *_keys(runtime),
         *await _agent(runtime, config),
+        *await _judge(runtime, config),
         *await _provider(runtime, config),
         await _repository(runtime, config),
         *_plan(runtime, config),
@@ -92,6 +96,20 @@ async def _agent(runtime: Runtime, config: OrchestrationConfig) -> list[Check]:
         remedy = "change the configuration or the environment"
         return checks if told else [Check(name, "failed", str(error), remedy), *checks]
     return [Check(name, "ok", f"needs network '{agent.network}'"), *checks]
+
+
+async def _judge(runtime: Runtime, config: OrchestrationConfig) -> list[Check]:
+    if not config.judge.enabled:
+        return []
+    found = await check_model_api(runtime.environ, config.judge.model, variables=SDK_VARIABLES)
+    return [
+        replace(
+            check,
+            name=f"judge: {check.name}",
+            remedy="change judge.model" if check.remedy == "change model" else check.remedy,
+        )
+        for check in found
+    ]
 
 
 async def _provider(runtime: Runtime, config: OrchestrationConfig) -> list[Check]:

@@ -165,6 +165,8 @@ def summary_row(orchestration: Orchestration, forks: Sequence[Fork]) -> Row:
     """The row of one orchestration in `orchestration_summary`."""
     count = {outcome: sum(fork.outcome is outcome for fork in forks) for outcome in Outcome}
     costs = [cost for fork in forks if (cost := spent_usd(fork)) is not None]
+    judge_cost = judge_cost_usd(orchestration)
+    known = costs if judge_cost is None else [*costs, judge_cost]
     durations = sorted(fork.total_seconds for fork in forks if fork.total_seconds is not None)
     alive = sum(fork.timings.sandbox_seconds or 0.0 for fork in forks)
     working = sum(fork.timings.agent_seconds or 0.0 for fork in forks)
@@ -193,7 +195,8 @@ def summary_row(orchestration: Orchestration, forks: Sequence[Fork]) -> Row:
         "stopped_early": saving.forks,
         "saved_agent_seconds": saving.agent_seconds,
         "saved_usd": saving.cost_usd,
-        "cost_usd": sum(costs) if costs else None,
+        "cost_usd": sum(known) if known else None,
+        "judge_cost_usd": judge_cost,
         "forks_without_cost": len(forks) - len(costs),
         "total_seconds_p50": quantile(durations, 0.5),
         "total_seconds_p95": quantile(durations, 0.95),
@@ -203,6 +206,11 @@ def summary_row(orchestration: Orchestration, forks: Sequence[Fork]) -> Row:
         "requested_at": orchestration.requested_at.at,
         "completed_at": done and done.at,
     }
+
+
+def judge_cost_usd(orchestration: Orchestration) -> float | None:
+    """What the judge cost; None where there was none, it paid nothing, or that is unknown."""
+    return orchestration.judging.usage.cost_usd if orchestration.judging is not None else None
 
 
 def _mebibytes(count: int | None) -> float | None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sandbox_pipeline import leasing, metrics, plugins, preparation, publishing
-from sandbox_pipeline.budgets import settle
+from sandbox_pipeline import judging, leasing, metrics, plugins, preparation, publishing
+from sandbox_pipeline.budgets import settle, settle_judge
 from sandbox_pipeline.clock import now
 from sandbox_pipeline.config import OrchestrationConfig
 from sandbox_pipeline.errors import (
@@ -78,6 +78,7 @@ def validate(runtime: Runtime, config: OrchestrationConfig) -> None:
     runtime.provider(provider)
     source = preparation.check_repository(config, runtime.settings.home)
     publishing.check(config, source, runtime.environ)
+    judging.check(runtime, config)
 
 
 def refuse_secrets(config: OrchestrationConfig, environ: Mapping[str, str]) -> None:
@@ -176,6 +177,7 @@ async def complete(
     )
     alive = await _end_all(runtime, orchestration, note="orchestration ended", fence=fence)
     orchestration = await preparation.discard_base(runtime, orchestration)
+    orchestration = await judging.judge(runtime, orchestration, run_id, announce)
     if not orchestration.complete:
         orchestration = await store.update(
             Orchestration,
@@ -240,6 +242,7 @@ async def cancel_now(runtime: Runtime, orchestration: Orchestration) -> None:
         Orchestration, orchestration.key, lambda it: it.evolve(control=Control.CANCEL)
     )
     await _mark_unfinished(runtime, orchestration, Outcome.CANCELLED, "cancelled", fence=fence)
+    await settle_judge(runtime.store, orchestration)
     alive = await _end_all(runtime, orchestration, note="cancelled", fence=fence)
     orchestration = await preparation.discard_base(runtime, orchestration)
     orchestration = await runtime.store.update(

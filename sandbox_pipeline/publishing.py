@@ -364,6 +364,7 @@ def _body(orchestration: Orchestration, fork: Fork, ranked: Ranking) -> str:
         f"{orchestration.base_commit}.",
         "",
         f"Decision: {_plain(ranked.headline)}",
+        *(["", f"Judge: {_plain(ranked.judge)}"] if ranked.judge else []),
         "",
         "| place | fork | verification | why |",
         "| --- | --- | --- | --- |",

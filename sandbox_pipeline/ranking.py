@@ -13,6 +13,7 @@ from enum import IntEnum
 
 from sandbox_pipeline.config import RankingConfig
 from sandbox_pipeline.records import Fork, Outcome, Verdict
+from sandbox_pipeline.tournament import Judgement
 
 MAX_REASON_CHARS = 500
 
@@ -71,6 +72,7 @@ class Place:
     Attributes:
         place: from 1; the same for the same change.
         score: weighted measures, 0 to 1, comparable within a tier only.
+        judge_share: of the points that the judge could give; None where it wasn't asked.
         same_as: the fork that stands for this change, where it is another one.
     """
 
@@ -79,6 +81,7 @@ class Place:
     score: float
     reason: str
     same_as: int | None = None
+    judge_share: float | None = None
 
     @property
     def fork_num(self) -> int:
@@ -93,11 +96,13 @@ class Ranking:
     Attributes:
         winner: None where no patch can be recommended.
         headline: who won and why, or why nobody did.
+        judge: what the judge did, in one line; empty where there is none.
     """
 
     places: tuple[Place, ...]
     winner: Place | None
     headline: str
+    judge: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,16 @@ class _Measure:
     worse: str
     better: str
     unit: str
+
+    reasons: Mapping[tuple[int, int], str] | None = None
+    """Of a judge: better and worse one to why; None for a measure that is counted."""
+
+    def lead(self, fork_num: int, other: int) -> float:
+        """How much it puts the first ahead of the other; below 0: behind."""
+        judged = self.reasons is not None
+        if judged and None in (self.values[fork_num], self.values[other]):
+            return 0.0
+        return self.weight * (self.score(fork_num) - self.score(other))
 
     def score(self, fork_num: int) -> float:
         """0 to 1: the best known value has 1, an unknown one 0."""
@@ -124,9 +139,19 @@ class _Measure:
 
     def said(self, fork_num: int, other: int, *, ahead: bool) -> str:
         """Such as `larger change (24 lines against 6)`."""
+        if self.reasons is not None:
+            return self._judged(fork_num, other, ahead=ahead)
         if self.values[fork_num] is None or self.values[other] is None:
             return f"{self.name} {self._text(fork_num)} (against {self._text(other)})"
         pair = f"{self._text(fork_num)} against {self._text(other)}"
+        return f"{self.better if ahead else self.worse} ({pair})"
+
+    def _judged(self, fork_num: int, other: int, *, ahead: bool) -> str:
+        best, worst = (fork_num, other) if ahead else (other, fork_num)
+        why = (self.reasons or {}).get((best, worst))
+        if why is not None:
+            return f"{self.better if ahead else self.worse}: {why}"
+        pair = f"{self.values[fork_num]:.0%} against {self.values[other]:.0%} of its points"
         return f"{self.better if ahead else self.worse} ({pair})"
 
     def _text(self, fork_num: int) -> str:
@@ -174,15 +199,23 @@ def digest_of(patch: bytes) -> str | None:
     return hashlib.sha256(joined).hexdigest()
 
 
-def rank(candidates: Sequence[Candidate], weights: RankingConfig, *, verifying: bool) -> Ranking:
+def rank(
+    candidates: Sequence[Candidate],
+    weights: RankingConfig,
+    *,
+    verifying: bool,
+    judgement: Judgement | None = None,
+) -> Ranking:
     """Put the forks in order.
 
     Args:
         candidates: one a fork.
         weights: of the measures.
         verifying: there was a `verify_command`; only a verified patch can win then.
+        judgement: on some of the patches.
     """
-    measures = _measures(candidates, weights)
+    judged = _judged(candidates, judgement or Judgement())
+    measures = _measures(candidates, weights, judged)
     total = sum(measure.weight for measure in measures) or 1.0
     scores = {
         item.fork_num: sum(measure.weight * measure.score(item.fork_num) for measure in measures)
@@ -200,24 +233,65 @@ def rank(candidates: Sequence[Candidate], weights: RankingConfig, *, verifying: 
         above = ordered[number - 2][0] if number > 1 else None
         below = ordered[number][0] if number < len(ordered) else None
         reason = _reason(first, above, below, measures)
-        places.append(Place(number, first, scores[first.fork_num], reason))
+        share = judged.shares.get(first.fork_num)
+        score = scores[first.fork_num]
+        places.append(Place(number, first, score, reason, judge_share=share))
         for twin in group[1:]:
             reason = _short(f"the same change as fork {first.fork_num}; {_standing(twin)}")
             score = scores[twin.fork_num]
-            places.append(Place(number, twin, score, reason, same_as=first.fork_num))
+            share = judged.shares.get(twin.fork_num)
+            places.append(Place(number, twin, score, reason, first.fork_num, share))
     best = places[0] if places else None
     allowed = (Tier.VERIFIED,) if verifying else (Tier.VERIFIED, Tier.UNVERIFIED)
     winner = best if best is not None and best.candidate.tier in allowed else None
     return Ranking(tuple(places), winner, _headline(winner, candidates, verifying=verifying))
 
 
-def _measures(candidates: Sequence[Candidate], weights: RankingConfig) -> list[_Measure]:
+def contenders(ranking: Ranking) -> list[int]:
+    """The forks whose patches a judge can help with, the best by the other measures first.
+
+    Those that could win and of which the same is known: verification, and tests passed. One of
+    each different change.
+    """
+    if ranking.winner is None:
+        return []
+    tier = ranking.winner.candidate.tier
+    first = [it for it in ranking.places if it.candidate.tier is tier and it.same_as is None]
+    most = max(it.candidate.tests_passed or 0 for it in first)
+    return [it.fork_num for it in first if (it.candidate.tests_passed or 0) == most]
+
+
+def _judged(candidates: Sequence[Candidate], judgement: Judgement) -> Judgement:
+    """The judgement also of the forks that made the same change as one that was judged."""
+    by_number = {item.fork_num: item for item in candidates}
+    stands_for = {
+        item.fork_num: number
+        for item in candidates
+        for number in judgement.shares
+        if (item.tier, item.digest) == (by_number[number].tier, by_number[number].digest)
+    }
+    shares = {number: judgement.shares[first] for number, first in stands_for.items()}
+    reasons = {
+        (winner, loser): why
+        for winner, first in stands_for.items()
+        for loser, second in stands_for.items()
+        if (why := judgement.reasons.get((first, second))) is not None
+    }
+    return Judgement(shares, reasons)
+
+
+def _measures(
+    candidates: Sequence[Candidate], weights: RankingConfig, judged: Judgement
+) -> list[_Measure]:
     def values(name: str) -> dict[int, float | None]:
         return {item.fork_num: getattr(item, name) for item in candidates}
 
     listed = [
         _Measure("tests", weights.tests, values("tests_passed"), False, "fewer tests passed",
                  "more tests passed", ""),
+        _Measure("judge", weights.judge,
+                 {item.fork_num: judged.shares.get(item.fork_num) for item in candidates}, False,
+                 "the judge preferred that one", "preferred by the judge", "", judged.reasons),
         _Measure("size", weights.size, values("lines"), True, "larger change",
                  "smaller change", "lines"),
         _Measure("cost", weights.cost, values("cost_usd"), True, "higher cost", "lower cost", "$"),
@@ -272,15 +346,24 @@ def _compared(
     sign = 1 if ahead else -1
 
     def lead(measure: _Measure) -> float:
-        mine, theirs = measure.score(item.fork_num), measure.score(other.fork_num)
-        return sign * measure.weight * (mine - theirs)
+        return sign * measure.lead(item.fork_num, other.fork_num)
 
     place = "ahead of" if ahead else "behind"
     most = max(measures, key=lead, default=None)
     if most is None or lead(most) <= 0:
-        return f"{place} fork {other.fork_num} by its number only"
+        return f"{place} fork {other.fork_num} {_no_measure(item, other, measures)}"
     said = most.said(item.fork_num, other.fork_num, ahead=ahead)
     return f"{place} fork {other.fork_num}: {said}"
+
+
+def _no_measure(item: Candidate, other: Candidate, measures: Sequence[_Measure]) -> str:
+    """What decided where no measure that both have did."""
+    for measure in measures:
+        asked = [measure.values[it.fork_num] is not None for it in (item, other)]
+        if measure.reasons is not None and asked[0] != asked[1]:
+            which = other.fork_num if asked[1] else item.fork_num
+            return f"because the judge compared only fork {which} with others"
+    return "by its number only"
 
 
 def _headline(winner: Place | None, candidates: Sequence[Candidate], *, verifying: bool) -> str:

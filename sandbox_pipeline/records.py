@@ -325,6 +325,47 @@ class Failure(Value):
     message: str
 
 
+class Opinion(Value):
+    """One answer of the judge: two patches, shown in this order.
+
+    Attributes:
+        first, second: the forks.
+        pick: the fork whose patch is better; None where neither is, or the answer was unusable.
+        usable: whether the answer was one of those asked for.
+        reason: in one line, without secrets; why it is unusable where it is.
+    """
+
+    first: int
+    second: int
+    pick: int | None = None
+    usable: bool = True
+    reason: str = ""
+
+
+class Judging(Value):
+    """How far the judge is with an orchestration, and what it said.
+
+    Attributes:
+        model: as configured.
+        entrants: the forks whose patches are compared, one for each different change.
+        pairs: what is compared with what, each in both orders.
+        partial: entrants of which only a part was shown.
+        sums: what was counted of tokens and cost, to go on from.
+        setback: why its opinions don't count, for people; empty while they do.
+        ended: nothing more is asked.
+    """
+
+    model: str
+    entrants: tuple[int, ...] = ()
+    pairs: tuple[tuple[int, int], ...] = ()
+    partial: tuple[int, ...] = ()
+    opinions: tuple[Opinion, ...] = ()
+    usage: Usage = Field(default_factory=Usage)
+    sums: str = ""
+    setback: str = ""
+    ended: bool = False
+
+
 class Orchestration(Record):
     """One request and how far it is.
 
@@ -332,6 +373,7 @@ class Orchestration(Record):
         base_commit: what every fork starts from, pinned at the first run.
         base_snapshot: the provider's name of the prepared workspace, after `setup_command`.
         fatal: set when no further fork can succeed; the run fails with it.
+        judging: None where no judge was asked.
     """
 
     kind: ClassVar[str] = "orchestration"
@@ -347,6 +389,7 @@ class Orchestration(Record):
     control: Control = Control.RUN
     fatal: Failure | None = None
     complete: bool = False
+    judging: Judging | None = None
     requested_at: Instant
     completed_at: Instant | None = None
 

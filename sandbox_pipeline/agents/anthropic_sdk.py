@@ -15,10 +15,18 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from sandbox_pipeline.agents.anthropic_client import (
+    SDK_VARIABLES,
+    is_passing,
+    open_client,
+    reason_of,
+    retry_after,
+    unreachable,
+)
 from sandbox_pipeline.agents.base import Reporter, Task
 from sandbox_pipeline.agents.claude_stream import bounded_input
 from sandbox_pipeline.agents.conversation import Conversation, kept_block
-from sandbox_pipeline.agents.key_proxy import Credential, base_url, find_credential
+from sandbox_pipeline.agents.key_proxy import base_url, find_credential
 from sandbox_pipeline.agents.metering import Meter
 from sandbox_pipeline.agents.model_checks import check_model_api
 from sandbox_pipeline.agents.models import prices_from_environ, resolve_model
@@ -35,7 +43,6 @@ from sandbox_pipeline.sandboxes.base import WORKSPACE, Network, Sandbox
 if TYPE_CHECKING:
     import anthropic
 
-SDK_VARIABLES = ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN")
 MAX_ANSWER_TOKENS = 32_000
 ANSWER_SECONDS = 600.0
 TRIES = 6
@@ -93,7 +100,9 @@ class AnthropicAgent:
         with TranscriptWriter(task.artifacts / "transcript.jsonl", task.redactor) as transcript:
             _write_history(transcript, task, conversation)
             raw = RawAnswer()
-            async with _client(url, credential, raw) as client:
+            async with open_client(
+                url, credential, timeout_seconds=ANSWER_SECONDS, raw=raw
+            ) as client:
                 loop = _Loop(client, raw, sandbox, task, reporter, conversation, transcript)
                 result = await loop.run()
             result = result.model_copy(
@@ -223,11 +232,11 @@ class _Loop:
                 await self._answer()
                 return
             except anthropic.APIStatusError as error:
-                reason = _reason(error)
-                wait = max(pause, _retry_after(error))
-                last = not _passing(error) or wait > LONGEST_PAUSE_SECONDS
+                reason = reason_of(error)
+                wait = max(pause, retry_after(error))
+                last = not is_passing(error) or wait > LONGEST_PAUSE_SECONDS
             except (anthropic.APIConnectionError, httpx2.HTTPError) as error:
-                reason, wait, last = _unreachable(error), pause, False
+                reason, wait, last = unreachable(error), pause, False
             except _BrokenOffError:
                 reason, wait, last = "the model API broke off its answer", pause, False
             except _UnreadableError as error:
@@ -351,48 +360,6 @@ def _content(message: Mapping[str, Any]) -> list[dict[str, Any]]:
             msg = f"malformed block of type {block.get('type')}"
             raise TypeError(msg)
     return [kept_block(block) for block in blocks if block.get("text") != ""]
-
-
-def _client(url: str, credential: Credential, raw: RawAnswer) -> anthropic.AsyncAnthropic:
-    import anthropic
-
-    api_key = credential.value if credential.variable == "ANTHROPIC_API_KEY" else None
-    return anthropic.AsyncAnthropic(
-        api_key=api_key,
-        auth_token=None if api_key is not None else credential.value,
-        base_url=url,
-        max_retries=0,
-        timeout=ANSWER_SECONDS,
-        http_client=raw.client(),
-    )
-
-
-def _passing(error: anthropic.APIStatusError) -> bool:
-    """Whether a later try may succeed; an error inside a stream comes with status 200."""
-    return error.status_code in {200, 408, 409, 429} or error.status_code >= 500
-
-
-def _retry_after(error: anthropic.APIStatusError) -> float:
-    try:
-        return max(0.0, float(error.response.headers.get("retry-after", "")))
-    except ValueError:
-        return 0.0
-
-
-def _reason(error: anthropic.APIStatusError) -> str:
-    body = as_mapping(error.body)
-    detail = as_mapping(body.get("error")) or body
-    said = detail.get("message")
-    kind = detail.get("type")
-    text = said if isinstance(said, str) else error.message
-    status = "" if error.status_code == 200 else f"{error.status_code} "
-    named = f"{kind}: " if isinstance(kind, str) else ""
-    return f"model API: {status}{named}{' '.join(text.split())}"[:1000]
-
-
-def _unreachable(error: Exception) -> str:
-    cause = error.__cause__ or error
-    return f"the model API can't be reached: {type(cause).__name__}"
 
 
 def _write_history(transcript: TranscriptWriter, task: Task, conversation: Conversation) -> None:

@@ -49,7 +49,7 @@ def result_document(orchestration: Orchestration, forks: Sequence[Fork]) -> dict
     """What `--json` prints of an orchestration: its rows in the two metrics tables."""
     from sandbox_pipeline.journal import artifacts_of
     from sandbox_pipeline.metrics import fork_row, summary_row
-    from sandbox_pipeline.results import place_row, ranking_of
+    from sandbox_pipeline.results import judging_document, place_row, ranking_of
 
     ranked = ranking_of(orchestration, forks)
     winner = ranked.winner
@@ -61,6 +61,7 @@ def result_document(orchestration: Orchestration, forks: Sequence[Fork]) -> dict
         "forks": [_plain(row) for row in rows],
         "decision": ranked.headline,
         "winner": winner and winner.fork_num,
+        "judge": judging_document(orchestration.judging),
         "ranking": [place_row(orchestration.workflow_id, it, winner) for it in ranked.places],
     }
 
@@ -102,6 +103,9 @@ def _print_ranking(console: Console, orchestration: Orchestration, forks: Sequen
     for place in ranked.places:
         line = f"{place.place:>4}. fork {place.fork_num}: {place.reason}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if ranked.judge:
+        said = ranked.judge[0].upper() + ranked.judge[1:]
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
     saving = saving_of(orchestration, forks)
     if saving.forks:
         spared = [] if saving.agent_seconds is None else [duration(saving.agent_seconds)]

@@ -11,7 +11,7 @@ from sandbox_pipeline.charts import cost_svg, data_url, timeline_svg
 from sandbox_pipeline.config import OrchestrationConfig
 from sandbox_pipeline.defs.presentation import Metadata
 from sandbox_pipeline.errors import PipelineError
-from sandbox_pipeline.metrics import frame
+from sandbox_pipeline.metrics import frame, judge_cost_usd
 from sandbox_pipeline.publishing import publish
 from sandbox_pipeline.ranking import Ranking
 from sandbox_pipeline.records import Event, Fork, Lease, Orchestration, orchestration_key
@@ -19,6 +19,7 @@ from sandbox_pipeline.report import REPORT_FILE
 from sandbox_pipeline.results import fork_of, place_row, ranking_of, read_patch
 from sandbox_pipeline.runtime import Runtime
 from sandbox_pipeline.store import tables
+from sandbox_pipeline.tournament import decided
 
 GROUP = "sandbox_pipeline"
 RUNTIME = "pipeline_runtime"
@@ -112,7 +113,10 @@ def checks_of(prefix: list[str]) -> dg.AssetChecksDefinition:
         leases = await _runtime(context).store.leases(orchestration.workflow_id)
         for result in fork_results(orchestration.config, forks, leases, fork_metrics):
             yield result._replace(asset_key=forks_key)
-        yield cost_result(orchestration.config, fork_metrics)._replace(asset_key=summary_key)
+        cost = cost_result(
+            orchestration.config, fork_metrics, judge_cost_usd=judge_cost_usd(orchestration)
+        )
+        yield cost._replace(asset_key=summary_key)
 
     return decision_checks
 
@@ -161,12 +165,15 @@ def fork_results(
     )
 
 
-def cost_result(config: OrchestrationConfig, table: pd.DataFrame) -> dg.AssetCheckResult:
+def cost_result(
+    config: OrchestrationConfig, table: pd.DataFrame, *, judge_cost_usd: float | None = None
+) -> dg.AssetCheckResult:
     """Of `cost_within_budget`; unknown costs are said, not taken for nothing."""
     known = table["cost_usd"].dropna().astype(float)
+    total = float(known.sum()) + (judge_cost_usd or 0.0)
     over: list[str] = []
-    if config.budget_usd is not None and float(known.sum()) > config.budget_usd:
-        over.append(f"${float(known.sum()):.4f} in all is over budget_usd {config.budget_usd:g}")
+    if config.budget_usd is not None and total > config.budget_usd:
+        over.append(f"${total:.4f} in all is over budget_usd {config.budget_usd:g}")
     each = config.agent.max_budget_usd
     if each is not None and bool((known > each).any()):
         over.append(f"{int((known > each).sum())} forks are over agent.max_budget_usd {each:g}")
@@ -176,7 +183,8 @@ def cost_result(config: OrchestrationConfig, table: pd.DataFrame) -> dg.AssetChe
         severity=dg.AssetCheckSeverity.WARN,
         description="; ".join(over) or None,
         metadata={
-            **({"cost_usd": float(known.sum())} if len(known) else {}),
+            **({"cost_usd": total} if len(known) or judge_cost_usd is not None else {}),
+            **({} if judge_cost_usd is None else {"judge_cost_usd": judge_cost_usd}),
             "forks_without_cost": int(table["cost_usd"].isna().sum()),
         },
     )
@@ -201,7 +209,31 @@ def ranking_metadata(orchestration: Orchestration, forks: list[Fork], ranked: Ra
         "ranking": dg.MetadataValue.table(records),
         "timeline": dg.MetadataValue.md(_image("phases", timeline_svg(orchestration, forks))),
         "cost and verification": dg.MetadataValue.md(_image("cost", cost_svg(forks))),
+        **_judge(orchestration, ranked),
         **_report(orchestration),
+    }
+
+
+def _judge(orchestration: Orchestration, ranked: Ranking) -> Metadata:
+    judging = orchestration.judging
+    if judging is None:
+        return {}
+    records = [
+        dg.TableRecord(
+            {
+                "fork": item.one,
+                "other": item.other,
+                "better": "tie" if item.winner is None else str(item.winner),
+                "reason": item.reason,
+            }
+        )
+        for item in decided(judging)
+    ]
+    cost = judging.usage.cost_usd
+    return {
+        "judge": dg.MetadataValue.text(ranked.judge),
+        **({"judge's comparisons": dg.MetadataValue.table(records)} if records else {}),
+        **({} if cost is None else {"judge_cost_usd": dg.MetadataValue.float(cost)}),
     }
 
 

@@ -44,6 +44,7 @@ _NUMBERS = (
     "saved_agent_seconds",
     "saved_usd",
     "cost_usd",
+    "judge_cost_usd",
     "total_seconds_p50",
     "total_seconds_p95",
     "wall_seconds",

@@ -27,6 +27,7 @@ from sandbox_pipeline.records import Fork, Orchestration
 from sandbox_pipeline.redaction import Redactor
 from sandbox_pipeline.report.details import details
 from sandbox_pipeline.results import fork_of, ranking_of, read_patch
+from sandbox_pipeline.tournament import decided
 
 REPORT_FILE = "report.html"
 MAX_WINNER_BYTES = 200_000
@@ -103,11 +104,26 @@ def _head(orchestration: Orchestration, forks: Sequence[Fork], ranked: Ranking) 
         "prompt": prompt,
         "tiles": tiles,
         "headline": ranked.headline,
+        "judge": ranked.judge,
+        "comparisons": _comparisons(orchestration),
         "configuration": _highlighted(
             yaml.safe_dump(data, sort_keys=False, allow_unicode=True), "yaml", "Configuration"
         ),
         "artifacts": orchestration.artifacts,
     }
+
+
+def _comparisons(orchestration: Orchestration) -> list[dict[str, Any]]:
+    judging = orchestration.judging
+    return [
+        {
+            "one": item.one,
+            "other": item.other,
+            "better": "tie" if item.winner is None else f"fork {item.winner}",
+            "reason": item.reason,
+        }
+        for item in (decided(judging) if judging is not None else [])
+    ]
 
 
 def _winner(orchestration: Orchestration, forks: Sequence[Fork], ranked: Ranking) -> dict[str, Any]:

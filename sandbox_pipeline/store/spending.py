@@ -24,6 +24,7 @@ class Claim:
             its orchestration that have nothing reserved yet.
         budget_usd: of the orchestration.
         daily_budget_usd: of one day (UTC) over everything in the store.
+        limited_by: the field that `wanted_usd` comes from, for the message.
     """
 
     workflow_id: str
@@ -32,6 +33,7 @@ class Claim:
     wanted_usd: float | None
     budget_usd: float | None
     daily_budget_usd: float | None
+    limited_by: str = "agent.max_budget_usd"
 
 
 def reserve(connection: Connection, claim: Claim, at: float) -> float | None:
@@ -65,7 +67,7 @@ def reserve(connection: Connection, claim: Claim, at: float) -> float | None:
             msg = f"{name}: {max(0.0, left):.4f} of {budget:g} US dollars are left, which is " + (
                 "nothing to start with"
                 if claim.wanted_usd is None
-                else f"less than agent.max_budget_usd ({claim.wanted_usd:g})"
+                else f"less than {claim.limited_by} ({claim.wanted_usd:g})"
             )
             raise BudgetError(msg)
         amounts.append(left / unplaced)

@@ -153,7 +153,10 @@ orchestration_summary = Table(
     Column("stopped_early", Integer, nullable=False, comment="cancelled by stop_after_verified"),
     Column("saved_agent_seconds", Float, comment="estimate of what that saved"),
     Column("saved_usd", Float, comment="estimate of what that saved; empty: no cost is known"),
-    Column("cost_usd", Float, comment="sum of the known costs; empty: none is known"),
+    Column(
+        "cost_usd", Float, comment="sum of the known costs, the judge's too; empty: none is known"
+    ),
+    Column("judge_cost_usd", Float, comment="the judge's part of that; empty: none or unknown"),
     Column("forks_without_cost", Integer, nullable=False, comment="forks whose cost is unknown"),
     Column("total_seconds_p50", Float, comment="median of the forks' total_seconds"),
     Column("total_seconds_p95", Float, comment="95th percentile of the forks' total_seconds"),
@@ -161,7 +164,7 @@ orchestration_summary = Table(
     Column("sandbox_seconds", Float, comment="sandboxes alive, summed"),
     Column("paid_idle_seconds", Float, comment="sandboxes alive while no agent ran, summed"),
     Column("requested_at", DateTime(timezone=True), comment="when it was asked for, UTC"),
-    Column("completed_at", DateTime(timezone=True), comment="when the last fork ended, UTC"),
+    Column("completed_at", DateTime(timezone=True), comment="when all of it was done, UTC"),
 )
 
 # Not in the database but in the assets of the same names; here for their columns.
@@ -180,6 +183,7 @@ def _places() -> list[Column[Any]]:
         Column("lines_changed", Integer, comment="added and removed"),
         Column("cost_usd", Float, comment="US dollars; empty: unknown"),
         Column("agent_seconds", Float, comment="agent at work"),
+        Column("judge_share", Float, comment="of the judge's points; empty: not judged"),
         Column("score", Float, comment="weighted measures, comparable where verification is equal"),
         Column("same_as", Integer, comment="the fork that stands for the same change"),
         Column("reason", Text, comment="why it has this place, in words"),
