@@ -19,7 +19,7 @@ ExecutorName = Literal["async", "multiprocess", "celery", "k8s"]
 
 VARIABLES: dict[str, tuple[str, str]] = {
     "E2B_API_KEY": ("", "Key of E2B; with it, `sandbox.provider: auto` means E2B."),
-    "ANTHROPIC_API_KEY": ("", "Key of Anthropic's API, for agents that use it."),
+    "ANTHROPIC_API_KEY": ("", "Key of Anthropic's API, for agents that use it and for the judge."),
     "GITHUB_TOKEN": ("", "Token to clone private repositories over https."),
     "DAGSTER_HOME": (
         "~/.local/share/sandbox_pipeline",
@@ -60,7 +60,7 @@ VARIABLES: dict[str, tuple[str, str]] = {
     ),
     f"{PREFIX}DAILY_BUDGET_USD": (
         "",
-        "Most US dollars that all agents together may spend on models in one day (UTC).",
+        "Most US dollars that all agents and judges may spend on models in one day (UTC).",
     ),
     f"{PREFIX}SILENT_SECONDS": (
         "60",

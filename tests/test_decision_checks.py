@@ -88,6 +88,12 @@ def test_cost_against_budget(
     assert ("cost_usd" in found.metadata) == any(cost is not None for cost in costs)
 
 
+def test_the_judges_cost_counts_too() -> None:
+    data = table((0, "success", 0.5), (1, "success", 0.4))
+    assert cost_result(config(budget_usd=1.0), data).passed
+    assert not cost_result(config(budget_usd=1.0), data, judge_cost_usd=0.2).passed
+
+
 @pytest.mark.parametrize(
     ("summary", "outcome"),
     [

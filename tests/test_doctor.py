@@ -60,6 +60,22 @@ async def test_key_and_model_are_asked_of_the_api(home: Path) -> None:
             assert "ANTHROPIC_API_KEY is refused: 401 invalid x-api-key" in refused.finding
 
 
+async def test_the_judges_key_and_model_are_asked_too(home: Path) -> None:
+    fields: dict[str, Any] = {"agent": {"command": "true"}, "sandbox": {"provider": "local"}}
+    async with MessagesServer(key=CANARY, known_models=MODELS) as server:
+        environ = {"ANTHROPIC_API_KEY": CANARY, "ANTHROPIC_BASE_URL": server.url}
+        async with doctor(home, environ) as ask:
+            assert "judge: model" not in await ask(**fields)
+            found = await ask(**fields, judge={"enabled": True, "model": "gpt-9"})
+            assert [check.state for check in found["judge: model API"]] == ["ok"]
+            [model] = found["judge: model"]
+            assert (model.state, model.remedy) == ("failed", "change judge.model")
+            assert not server.answers, "nothing was paid for"
+    async with doctor(home, {}) as ask:
+        [check] = (await ask(**fields, judge={"enabled": True}))["judge: model API"]
+        assert (check.state, check.remedy) == ("failed", "set ANTHROPIC_API_KEY")
+
+
 async def test_missing_key_and_missing_network_are_told_apart(home: Path) -> None:
     async with doctor(home, {}) as ask:
         [check] = (await ask(agent={"kind": "anthropic"}))["model API"]

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from sandbox_pipeline.clock import now
 from sandbox_pipeline.errors import BudgetError, ConfigError, ConflictError, StoreError
@@ -211,3 +212,17 @@ async def test_a_days_budget_is_added_up_over_orchestrations(store: Store) -> No
     await store.settle("b", 1, spent_usd=0.45, agent_ran=True)
     with pytest.raises(BudgetError, match=r"daily_budget_usd: 0\.0500 of 1 US dollars"):
         await store.reserve(claim("a", 1))
+
+
+async def test_a_store_of_an_older_version_is_brought_up_to_date(url: str) -> None:
+    await Store.open(url).close()
+    made = sa.create_engine(url)
+    with made.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE orchestration_summary DROP COLUMN judge_cost_usd")
+        connection.exec_driver_sql(f"UPDATE {engine.VERSION_TABLE} SET version_num = '0001'")  # noqa: S608 - a constant
+    made.dispose()
+    await Store.open(url).close()
+    made = sa.create_engine(url)
+    names = {column["name"] for column in sa.inspect(made).get_columns("orchestration_summary")}
+    made.dispose()
+    assert "judge_cost_usd" in names
