@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sandbox_pipeline.config import OrchestrationConfig
 from sandbox_pipeline.metrics import judge_cost_usd, quantile, verdict_of
 from sandbox_pipeline.records import Fork, Orchestration, Outcome, Verdict
 
+MAX_REPO_CHARS = 80
 Z_95 = 1.959963984540054
 
 
@@ -70,6 +72,12 @@ def compared(name: str, parts: Sequence[tuple[Orchestration, Sequence[Fork]]]) -
         forks_without_cost=len(forks) - len(costs),
         seconds_p50=quantile(seconds, 0.5),
     )
+
+
+def repo_name(config: OrchestrationConfig) -> str:
+    """The repository, such as `github.com/you/project`; the end of a long one."""
+    name = config.repo_url.rstrip("/").removesuffix(".git").split("://")[-1]
+    return name[-MAX_REPO_CHARS:]
 
 
 def wilson(passed: int, total: int) -> tuple[float, float]:

@@ -10,8 +10,10 @@ from typing import Any
 from sandbox_pipeline.errors import ConfigError
 from sandbox_pipeline.ranking import Place, Ranking, candidate_of, digest_of, rank
 from sandbox_pipeline.records import Fork, Judging, Orchestration
+from sandbox_pipeline.runtime import Runtime
 from sandbox_pipeline.tournament import decided, judgement_of
 
+MAX_HISTORY = 200
 MAX_RANKED_PATCH_BYTES = 100_000_000
 
 
@@ -79,6 +81,15 @@ def judging_document(judging: Judging | None) -> dict[str, Any] | None:
         "setback": judging.setback or None,
         **judging.usage.model_dump(),
     }
+
+
+async def history(
+    runtime: Runtime, limit: int = MAX_HISTORY
+) -> list[tuple[Orchestration, list[Fork]]]:
+    """The latest orchestrations that are over, newest first, with their forks."""
+    found = await runtime.store.orchestrations(limit=10 * limit)
+    latest = [it for it in found if it.complete][:limit]
+    return [(it, await runtime.store.forks(it.workflow_id)) for it in latest]
 
 
 def place_row(workflow_id: str, place: Place, winner: Place | None) -> dict[str, Any]:

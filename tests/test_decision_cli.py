@@ -64,6 +64,12 @@ def test_the_path_from_ranking_to_a_branch(results: None, repo: Path, home: Path
     assert (side["name"], side["passed"], side["forks"]) == ("make [it] so", 5, 6)
     assert "83%" in cli("compare", "one", "two", "--by", "prompt").stdout
 
+    [side] = json.loads(cli("compare", "--last", "9", "--json").stdout)
+    assert (side["name"], side["passed"], side["forks"]) == (f"sonnet, {str(repo)[-80:]}", 5, 6)
+    sides = json.loads(cli("compare", "--last", "1", "--by", "agent", "--by", "month",
+                           "--json").stdout)  # fmt: skip
+    assert [(side["name"][:11], side["forks"]) for side in sides] == [("command, 20", 3)]
+
     written = home / "artifacts" / "one" / "report.html"
     assert written.exists(), "made at completion"
     written.unlink()
@@ -78,7 +84,9 @@ def test_the_path_from_ranking_to_a_branch(results: None, repo: Path, home: Path
         (["patch", "0"], "fork 0 left no patch"),
         (["apply", "0"], "fork 0 left no patch"),
         (["diff", "0", "-1"], "No such option"),
-        (["compare"], "Missing argument"),
+        (["compare"], "WORKFLOW: name orchestrations to compare, or give --last N"),
+        (["compare", "nope", "--last", "3"], "one of the two"),
+        (["compare", "--last", "0"], "Invalid value"),
         (["compare", "nope"], "no orchestration 'nope'"),
         (["report", "nope"], "no orchestration 'nope'"),
     ],
@@ -86,7 +94,7 @@ def test_the_path_from_ranking_to_a_branch(results: None, repo: Path, home: Path
 def test_bad_usage_is_one_message(
     home: Path, repo: Path, arguments: list[str], message: str
 ) -> None:
-    if not message.startswith(("No such", "Missing", "no orch")):
+    if arguments[0] not in ("compare", "report") and not message.startswith("No such"):
         cli("run", "--repo", str(repo), "--prompt", "p", "--forks", "1", "--command", "true")
     done = cli(*arguments)
     assert (done.returncode, message in done.stderr) == (2, True), done.stderr

@@ -25,6 +25,7 @@ from sandbox_pipeline.defs.ops import (
 )
 from sandbox_pipeline.defs.presentation import summary_metadata
 from sandbox_pipeline.defs.resources import pipeline_runtime
+from sandbox_pipeline.defs.trends import trends_asset
 from sandbox_pipeline.errors import ConfigError
 from sandbox_pipeline.metrics import frame
 from sandbox_pipeline.orchestrating import refuse_secrets
@@ -64,8 +65,8 @@ def build_orchestration(
         **changes: other top-level fields of the configuration to change.
 
     Returns:
-        Definitions with assets `fork_metrics`, `orchestration_summary`, `ranking` and `winner`,
-        their checks, job `<name>_job` and, with `cron`, schedule `<name>_schedule`.
+        Definitions with assets `fork_metrics`, `orchestration_summary`, `ranking`, `winner` and
+        `trends`, their checks, job `<name>_job` and, with `cron`, schedule `<name>_schedule`.
 
     Raises:
         ConfigError: the name, the configuration, the cron or the timezone is wrong.
@@ -82,7 +83,7 @@ def build_orchestration(
     base |= changes
     parse_config(base, source=label)
     prefix = [name] if name else []
-    assets = [*_assets(name, base), *decision_assets(prefix)]
+    assets = [*_assets(name, base), *decision_assets(prefix), trends_asset(prefix)]
     chosen = executor_named(executor)
     job = dg.define_asset_job(
         f"{label}_job",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from sandbox_pipeline.comparison import repo_name
 from sandbox_pipeline.config import OrchestrationConfig
 from sandbox_pipeline.metrics import Row
 from sandbox_pipeline.orchestrating import Completed
@@ -52,16 +53,14 @@ _NUMBERS = (
     "paid_idle_seconds",
 )
 MAX_TABLE_ROWS = 200
-MAX_TAG_CHARS = 200
 TAG_PREFIX = "sandbox_pipeline"
 MAX_MESSAGE_CHARS = 160
 
 
 def asked_tags(config: OrchestrationConfig) -> dict[str, str]:
     """What the runs page filters by, known from the start."""
-    repo = config.repo_url.rstrip("/").removesuffix(".git").split("://")[-1]
     return {
-        f"{TAG_PREFIX}/repo": repo[-MAX_TAG_CHARS:],
+        f"{TAG_PREFIX}/repo": repo_name(config),
         f"{TAG_PREFIX}/model": config.model,
         f"{TAG_PREFIX}/agent": config.agent.kind,
     }

@@ -194,3 +194,18 @@ ranking = Table("ranking", _assets, *_places())
 winner = Table(
     "winner", _assets, *_places(), Column("patch_path", Text, comment="where the patch is")
 )
+trends = Table(
+    "trends",
+    _assets,
+    Column("model", String(128), comment="model asked for"),
+    Column("repository", String(80), comment="repository"),
+    Column("orchestrations", Integer, comment="that are over, of the latest 200"),
+    Column("forks", Integer, comment="planned in them"),
+    Column("passed", Integer, comment="forks that were verified, else that succeeded"),
+    Column("verified", Boolean, comment="passed means verified: all had a verify_command"),
+    Column("pass_rate", Float, comment="passed / forks"),
+    Column("pass_rate_low", Float, comment="lower end of its 95% interval (Wilson)"),
+    Column("pass_rate_high", Float, comment="upper end"),
+    Column("cost_per_pass_usd", Float, comment="all that was spent / passed; empty: unknown"),
+    Column("agent_seconds_p50", Float, comment="median of the agents' time"),
+)
