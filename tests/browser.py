@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
@@ -39,6 +39,30 @@ def launched() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+def settle(page: Page) -> None:
+    """Wait until Dagster's page shows what it loaded in place of grey bars."""
+    page.wait_for_timeout(500)  # the bars come with the page's first questions
+    bars = page.locator("[class*=Skeleton_skeleton]:visible, [class*=-skeleton]:visible")
+    expect(bars).to_have_count(0, timeout=30_000)
+
+
+def widen_above(page: Page, pixels: int) -> None:
+    """Drag the line between the upper and the lower part of a page down."""
+    found = page.evaluate(
+        """() => { for (const one of document.querySelectorAll("div")) {
+            const box = one.getBoundingClientRect(), cursor = getComputedStyle(one).cursor;
+            if (["ns-resize", "row-resize"].includes(cursor) && box.width > 300)
+                return [box.x + box.width / 2, box.y + box.height / 2];
+        } return null; }"""
+    )
+    assert found is not None, "the page has no line to drag"
+    x, y = found
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x, y + pixels, steps=10)
+    page.mouse.up()
 
 
 def keep(page: Page, name: str, *, full_page: bool = False) -> None:

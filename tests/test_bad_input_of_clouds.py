@@ -38,6 +38,11 @@ NEWLINE_KEY = "canary-first\ncanary-second"
             "no key for the model: set ANTHROPIC_API_KEY in the environment",
         ),
         (
+            ["--set", "judge.enabled=true"],
+            {"ANTHROPIC_API_KEY": "", "ANTHROPIC_AUTH_TOKEN": ""},
+            "judge.enabled: no key for the model: set one of ANTHROPIC_API_KEY",
+        ),
+        (
             ["--agent", "anthropic"],
             {"ANTHROPIC_API_KEY": CANARY, "ANTHROPIC_BASE_URL": "ftp://x"},
             "ANTHROPIC_BASE_URL: expected http",

@@ -57,7 +57,7 @@ def test_each_model_and_repository_has_plots_of_its_own(home: Path, tmp_path: Pa
     ]
     assert latest is not None
     assert latest.asset_materialization is not None
-    table = latest.asset_materialization.metadata["by model and repository"]
+    table = latest.asset_materialization.metadata["history"]
     assert isinstance(table, dg.TableMetadataValue)
     rows = [dict(record.data) for record in table.records]
     keys = ("model", "repository", "orchestrations", "forks", "passed", "verified")

@@ -13,7 +13,8 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from sandbox_pipeline import demo
-from tests.browser import keep, launched
+from sandbox_pipeline.launching import launch
+from tests.browser import keep, launched, settle, widen_above
 from tests.webserver import Webserver, deployed_webserver
 
 NIGHTLY = """\
@@ -24,6 +25,12 @@ num_forks: 1
 agent:
   command: python3 agent.py {prompt_file} 0
 """
+# Octal, since braces are the template's.
+TELLS_ITS_COST = (
+    "sh -c 'python3 agent.py {prompt_file} {fork_num}; code=$?; "
+    r'printf "\\173\"type\":\"step_finish\",\"part\":\\173\"cost\":%.3f\\175\\175\\n"; '
+    "exit $code'"
+)
 WAIT_MS = 30_000
 
 
@@ -65,7 +72,9 @@ def test_from_the_launchpad_to_the_winner(page: Page, server: Webserver) -> None
     assert server.wait_for_status(run_id, "SUCCESS", "FAILURE") == "SUCCESS"
     page.reload()
     expect(page.locator("body")).to_contain_text("RUN_SUCCESS", timeout=WAIT_MS)
-    page.wait_for_timeout(1500)  # the Gantt chart moves into place
+    settle(page)
+    widen_above(page, 260)  # else Dagster's search box lies over the Gantt chart
+    page.wait_for_timeout(1500)  # which moves into place
     keep(page, "run")
 
     page.goto(f"{server.url}/assets/fork_metrics?view=checks")
@@ -73,6 +82,7 @@ def test_from_the_launchpad_to_the_winner(page: Page, server: Webserver) -> None
                  "verification_untampered"):  # fmt: skip
         expect(page.get_by_text(name).first).to_be_visible(timeout=WAIT_MS)
     expect(page.get_by_text("Passed").first).to_be_visible()
+    settle(page)
     keep(page, "checks")
 
     page.goto(f"{server.url}/assets/fork_metrics")
@@ -80,6 +90,7 @@ def test_from_the_launchpad_to_the_winner(page: Page, server: Webserver) -> None
 
     page.goto(f"{server.url}/assets/ranking")
     expect(page.locator("body")).to_contain_text("fork 0 wins: verified", timeout=WAIT_MS)
+    settle(page)
     keep(page, "ranking")
     for number, name in enumerate(("phases", "cost")):
         page.get_by_text("[Show Markdown]").nth(number).click()
@@ -93,7 +104,31 @@ def test_from_the_launchpad_to_the_winner(page: Page, server: Webserver) -> None
 
     page.goto(f"{server.url}/assets/winner")
     expect(page.locator("body")).to_contain_text("re.findall", timeout=WAIT_MS)
+    settle(page)
     keep(page, "winner")
+
+
+@pytest.mark.timeout(900)  # some more runs, where pictures are taken
+def test_each_model_has_its_plots(page: Page, server: Webserver) -> None:
+    runs = [("sonnet", 2), ("opus", 1)]
+    if os.environ.get("KEEP_SCREENSHOTS"):
+        runs += [("opus", 2), ("sonnet", 1), ("opus", 3), ("opus", 1), ("sonnet", 2)]
+    for number, (model, forks) in enumerate(runs):
+        config = {**demo.CONFIG, "model": model, "num_forks": forks}
+        cost = {"sonnet": 0.21, "opus": 0.34}[model] + 0.013 * number
+        config["agent"] = {"command": TELLS_ITS_COST % cost, "usage_format": "opencode-jsonl"}
+        run_id = launch(config, url=server.url)
+        assert server.wait_for_status(run_id, "SUCCESS", "FAILURE") == "SUCCESS"
+    page.goto(f"{server.url}/assets/trends")
+    page.get_by_text("Plots", exact=True).first.click()
+    for model in ("opus", "sonnet"):
+        for name in ("verified_rate", "cost_per_verified_usd", "agent_seconds_p50"):
+            title = page.get_by_text(f"{name}: {model} on demo", exact=True)
+            expect(title).to_be_visible(timeout=WAIT_MS)
+    settle(page)
+    page.get_by_text("Metadata", exact=True).first.evaluate("one => one.scrollIntoView()")
+    page.wait_for_timeout(1000)  # the plots are drawn
+    keep(page, "trends")
 
 
 def test_a_schedule_is_turned_on(page: Page, server: Webserver) -> None:

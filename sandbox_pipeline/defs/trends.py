@@ -59,7 +59,7 @@ def trends_asset(prefix: list[str]) -> dg.AssetsDefinition:
             frame(tables.trends, rows),
             metadata={
                 **trend_metadata(mine, forks),
-                "by model and repository": dg.MetadataValue.table(
+                "history": dg.MetadataValue.table(
                     [dg.TableRecord(_shown(row)) for row in rows[:MAX_TABLE_ROWS]]
                 ),
             },
