@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sandbox_pipeline.agents.anthropic_judge import (
     Answer,
@@ -78,7 +79,7 @@ async def judge(
         return orchestration
     if orchestration.judging is not None and orchestration.judging.ended:
         return orchestration
-    court = _Court(runtime, orchestration, run_id)
+    court = _Court(runtime, orchestration, run_id, announce)
     try:
         setback = await court.sit()
     except (StoreError, OwnershipError):
@@ -88,7 +89,7 @@ async def judge(
     except Exception as error:
         logger.exception("%s: unexpected error of the judge", orchestration.key)
         setback = f"unexpected {type(error).__name__}: {error}"
-    return await court.close(setback, announce)
+    return await court.close(setback)
 
 
 @dataclass
@@ -103,6 +104,7 @@ class _Court:
     runtime: Runtime
     orchestration: Orchestration
     run_id: str
+    announce: Announce
     stopped: str = ""
     judging: Judging = field(init=False)
     _left: list[Pair] = field(default_factory=list[Pair])
@@ -147,6 +149,8 @@ class _Court:
         if self.judging.sums:
             meter.restore(self.judging.sums)
         self._left = missing(self.judging)
+        asked_for = {"model": self._config.model, "patches": len(self.judging.entrants)}
+        await self._event("judge-started", {**asked_for, "questions": len(self._left)})
         async with AnthropicJudge(
             model=self._config.model,
             rubric=self._config.rubric,
@@ -162,23 +166,27 @@ class _Court:
                 raise result
         return self.stopped
 
-    async def close(self, setback: str, announce: Announce) -> Orchestration:
+    async def close(self, setback: str) -> Orchestration:
         """Store that it is over, and how; give back what was reserved."""
         await self._change(ended=True, setback=one_line(self._redactor.text(setback)))
         await settle_judge(self.runtime.store, self.orchestration)
+        payload = {
+            "judge": judging_text(self.judging),
+            "answers": len(self.judging.opinions),
+            "cost_usd": self.judging.usage.cost_usd,
+        }
+        await self._event("patches-judged", payload)
+        return self.orchestration
+
+    async def _event(self, name: str, payload: Mapping[str, Any]) -> None:
         event = Event(
-            name="patches-judged",
+            name=name,
             workflow_id=self.orchestration.workflow_id,
             time=time.time(),
-            payload={
-                "judge": judging_text(self.judging),
-                "answers": len(self.judging.opinions),
-                "cost_usd": self.judging.usage.cost_usd,
-            },
+            payload=dict(payload),
         )
         await self.runtime.store.append(event, fence=held_by(self.run_id))
-        announce(event)
-        return self.orchestration
+        self.announce(event)
 
     def _read_patches(self, forks: Sequence[Fork]) -> None:
         for number in self.judging.entrants:

@@ -53,7 +53,8 @@ def judging_text(judging: Judging | None) -> str:
     if judging.setback:
         return f"ranked without {who}: {judging.setback}{paid}"
     if not judging.ended:
-        return f"{who} was not done: {len(judging.opinions)} of {2 * len(judging.pairs)} answers"
+        asked = 2 * len(judging.pairs)
+        return f"{who} was not done: {len(judging.opinions)} of {asked} answers{paid}"
     found = decided(judging)
     won = sum(item.winner is not None for item in found)
     unusable = sum(not opinion.usable for opinion in judging.opinions)

@@ -170,8 +170,9 @@ async def test_agreement_decides_and_costs_exactly_what_the_server_counted(
         assert made.judging.usage.model_dump(exclude={"cost_usd"}) == vars(charged)
         said = f"compared 3 patches in 3 pairs, each in both orders: 3 decided, 0 ties; it cost ${made.judging.usage.cost_usd:.4f}"  # noqa: E501
         assert said in ranked.judge
-        [event] = case.events
-        assert (event.name, event.payload["answers"]) == ("patches-judged", 6)
+        began, ended = case.events
+        assert (began.name, began.payload["questions"]) == ("judge-started", 6)
+        assert (ended.name, ended.payload["answers"]) == ("patches-judged", 6)
         again, _ = await case.judge()
         assert again == made
         assert len(case.server.answers) == 6, "asked once"
@@ -454,6 +455,30 @@ async def test_what_it_spends_is_in_the_orchestrations_and_the_days_budget(serve
         assert summary["cost_usd"] == pytest.approx(0.3 + cost(case.server.answers))
 
 
+async def test_a_cancel_in_the_middle_gives_back_what_was_reserved(serve: Serve) -> None:
+    def script(ask: Ask) -> Reply:
+        return replace(prefers(0, 1, 2)(ask), fault=Fault(delay_seconds=1000 * (ask.number > 1)))
+
+    async with serve(script, budget_usd=5.0) as case:
+        task = asyncio.create_task(case.judge())
+        while (found := (await stored(case)).judging) is None or len(found.opinions) < 2:
+            await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await orchestrating.cancel_now(case.runtime, await stored(case))
+        paid = [entry for entry in case.server.answers if entry.charge is not None]
+        assert len(paid) == 2
+        assert await spent(case.runtime) == pytest.approx(cost(paid), rel=1e-12)
+        ranked = ranking_of(await stored(case), await case.runtime.store.forks("sample"))
+        assert "was not done: 2 of 6 answers; it cost $" in ranked.judge
+        assert {place.judge_share for place in ranked.places} == {None}
+
+
+async def stored(case: Case) -> Orchestration:
+    return await case.runtime.store.need(Orchestration, case.made.key)
+
+
 async def test_another_run_took_over_is_no_reason_but_an_error(serve: Serve) -> None:
     async with serve(prefers(2, 1, 0)) as case:
         with pytest.raises(OwnershipError):
@@ -510,7 +535,7 @@ async def test_a_whole_orchestration_with_a_judge(
         assert [place.fork_num for place in ranked.places] == [2, 0, 1]
         assert "preferred by the judge" in ranked.headline
         names = [event.name for event in await runtime.store.events("w")]
-        assert names[-2:] == ["patches-judged", "orchestration-completed"]
+        assert names[-3:] == ["judge-started", "patches-judged", "orchestration-completed"]
 
 
 async def test_a_missing_key_is_refused_before_anything_is_created(
