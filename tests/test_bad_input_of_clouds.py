@@ -40,7 +40,7 @@ NEWLINE_KEY = "canary-first\ncanary-second"
         (
             ["--set", "judge.enabled=true"],
             {"ANTHROPIC_API_KEY": "", "ANTHROPIC_AUTH_TOKEN": ""},
-            "judge.enabled: no key for the model: set one of ANTHROPIC_API_KEY",
+            "judge.enabled: no key for the model: set ANTHROPIC_API_KEY",
         ),
         (
             ["--agent", "anthropic"],

@@ -20,6 +20,7 @@ from sandbox_pipeline import orchestrating
 from sandbox_pipeline.agents import anthropic_judge
 from sandbox_pipeline.agents.anthropic_judge import MAX_PATCH_BYTES
 from sandbox_pipeline.config import OrchestrationConfig, parse_config
+from sandbox_pipeline.conformance.bench import CANARY, files_with_secret
 from sandbox_pipeline.defs.decision import ranking_metadata
 from sandbox_pipeline.errors import ConfigError, OwnershipError
 from sandbox_pipeline.judging import judge
@@ -43,7 +44,7 @@ from sandbox_pipeline.results import judging_document, ranking_of
 from sandbox_pipeline.runtime import Runtime, silent
 from sandbox_pipeline.sandboxes.base import WORKSPACE, Sandbox
 from sandbox_pipeline.testing import FakeAgent, Task, drive
-from tests.agents.model_api import CANARY, cost, files_with_secret
+from tests.agents.model_api import cost
 from tests.conftest import make_repo
 from tests.reports import fork, orchestration, sample_patch
 from tests.servers.messages_server import Ask, Charge, Fault, MessagesServer, Reply, Script, steps
@@ -371,7 +372,7 @@ async def test_a_key_that_is_gone_meanwhile_is_a_reason(serve: Serve) -> None:
         environ["ANTHROPIC_API_KEY"] = ""
         environ["ANTHROPIC_AUTH_TOKEN"] = ""
         _, ranked = await case.judge()
-        assert "no key for the model: set one of ANTHROPIC_API_KEY" in ranked.judge
+        assert "no key for the model: set ANTHROPIC_API_KEY" in ranked.judge
 
 
 async def test_a_judge_that_takes_too_long_is_stopped(serve: Serve) -> None:
@@ -544,7 +545,9 @@ async def test_a_missing_key_is_refused_before_anything_is_created(
     environ: Any = runtime.environ
     for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"):
         environ.pop(name, None)
-    with pytest.raises(ConfigError, match=r"judge\.enabled: no key for the model: set one of ANTH"):
+    with pytest.raises(
+        ConfigError, match=r"judge\.enabled: no key for the model: set ANTHROPIC_API_KEY"
+    ):
         await drive(runtime, config(judge={"enabled": True}), "w")
     assert provider.ledger.created == []
     assert await runtime.store.orchestrations() == []
