@@ -24,10 +24,21 @@ from sandbox_pipeline.journal import (
     short,
 )
 from sandbox_pipeline.orders import Stop, run_obeying
-from sandbox_pipeline.records import AgentResult, Fork, ForkRef, Orchestration, Outcome, Stage
+from sandbox_pipeline.records import (
+    AgentResult,
+    Fork,
+    ForkRef,
+    Orchestration,
+    Outcome,
+    Stage,
+    Usage,
+)
 from sandbox_pipeline.runtime import Runtime
 from sandbox_pipeline.sandboxes.base import STATE_DIR, Sandbox
 from sandbox_pipeline.workspace.checkout import take_patch
+
+BREAK_OFF_SECONDS = 1.0
+"""For an interrupted agent to come to rest, so that files don't change under the patch."""
 
 
 class AgentStage:
@@ -73,6 +84,29 @@ class AgentStage:
         finally:
             beat.cancel()
             await asyncio.wait({beat})
+
+    async def break_off(self, fork: Fork, orchestration: Orchestration) -> None:
+        """Stop an agent that nobody follows any more, and keep what it has done so far.
+
+        A result that was saved before stays what it is. The cost is what the agent reported last.
+
+        Raises:
+            AgentError: a success without a patch that can be read.
+            ProviderError: the sandbox failed.
+        """
+        sandbox = await self._sandboxes.connect(fork, orchestration)
+        result = fork.result
+        if result is None:
+            name = f"agent-{fork.attempts['agent']}"
+            await interrupt(sandbox, name, wait_seconds=BREAK_OFF_SECONDS)
+            cost = fork.cost_so_far_usd
+            result = AgentResult(
+                outcome=Outcome.CANCELLED,
+                message="cancelled",
+                usage=Usage(cost_usd=cost),
+                cost_basis="unknown" if cost is None else "computed",
+            )
+        await self._save(fork, orchestration, sandbox, result)
 
     async def _result(
         self, fork: Fork, orchestration: Orchestration, sandbox: Sandbox
@@ -153,14 +187,20 @@ class AgentStage:
         if patch is not None and patch.size_bytes == 0 and result.outcome is Outcome.SUCCESS:
             message = short(f"the agent changed nothing. {message}".strip())
         name = "agent-completed" if result.outcome is Outcome.SUCCESS else "agent-failed"
-        await self._journal.change(
-            lambda it: it.evolve(
+
+        def saved(it: Fork) -> Fork:
+            if it.outcome.is_terminal:
+                return it  # two that settle the same cancel: the first one's patch is kept
+            return it.evolve(
                 outcome=result.outcome,
                 failure_class=result.failure_class,
                 message=message,
                 stage=Stage.METRICS,
                 patch=patch,
-            ),
+            )
+
+        await self._journal.change(
+            saved,
             name,
             {
                 "outcome": result.outcome.value,

@@ -41,6 +41,7 @@ from sandbox_pipeline.records import (
 )
 from sandbox_pipeline.redaction import MIN_SECRET_LENGTH, SECRET_VARIABLES
 from sandbox_pipeline.runtime import Announce, Runtime, silent
+from sandbox_pipeline.salvaging import salvage
 from sandbox_pipeline.store import tables
 from sandbox_pipeline.store.store import Fence
 
@@ -232,7 +233,7 @@ async def settle_cancelled(runtime: Runtime, run_id: str) -> list[str]:
 
 
 async def cancel_now(runtime: Runtime, orchestration: Orchestration) -> None:
-    """End an orchestration that no worker works on any more.
+    """End an orchestration that no worker works on any more; what its agents did is kept.
 
     Raises:
         OwnershipError: a run has taken it over meanwhile, and will see the cancel itself.
@@ -241,6 +242,7 @@ async def cancel_now(runtime: Runtime, orchestration: Orchestration) -> None:
     orchestration = await runtime.store.update(
         Orchestration, orchestration.key, lambda it: it.evolve(control=Control.CANCEL)
     )
+    await salvage(runtime, orchestration)
     await _mark_unfinished(runtime, orchestration, Outcome.CANCELLED, "cancelled", fence=fence)
     await settle_judge(runtime.store, orchestration)
     alive = await _end_all(runtime, orchestration, note="cancelled", fence=fence)

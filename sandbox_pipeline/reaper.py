@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 # A sandbox whose lease is not in the store yet was created a moment ago, or its row is lost.
 UNKNOWN_GRACE_SECONDS = 120.0
+CANCELLED = "its orchestration was cancelled"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ async def reap(
         dry_run: only say what would be ended.
         ended_run: a Dagster run that is known to be over, whatever its worker looks like.
     """
-    reaped: list[Reaped] = []
+    # First of all: what the agents of a cancelled orchestration did is kept before they end.
+    reaped = [] if dry_run else await _finish_cancels(runtime)
     for lease in await runtime.store.leases():
         key = orchestration_key(lease.workflow_id)
         orchestration = await runtime.store.get(Orchestration, key)
@@ -76,8 +78,6 @@ async def reap(
             for item in await _unleased(runtime, name, dry_run=dry_run)
             if item.sandbox_id not in known
         ]
-    if not dry_run:
-        await _finish_cancels(runtime)
     return reaped
 
 
@@ -94,14 +94,27 @@ async def ask_to_cancel(runtime: Runtime, run_id: str) -> None:
                 )
 
 
-async def _finish_cancels(runtime: Runtime) -> None:
+async def _finish_cancels(runtime: Runtime) -> list[Reaped]:
+    ended: list[Reaped] = []
     for orchestration in await runtime.store.orchestrations(limit=10_000, unfinished_only=True):
         owner = orchestration.owner
-        if orchestration.control is Control.CANCEL and (owner is None or is_dead(owner)):
-            try:
-                await cancel_now(runtime, orchestration)
-            except (PipelineError, OSError) as error:
-                logger.warning("could not cancel %s: %s", orchestration.key, error)
+        if orchestration.control is not Control.CANCEL or (
+            owner is not None and not is_dead(owner)
+        ):
+            continue
+        workflow_id = orchestration.workflow_id
+        before = await runtime.store.leases(workflow_id)
+        try:
+            await cancel_now(runtime, orchestration)
+        except (PipelineError, OSError) as error:
+            logger.warning("could not cancel %s: %s", orchestration.key, error)
+        left = {lease.lease_id for lease in await runtime.store.leases(workflow_id)}
+        ended += [
+            Reaped(lease.provider, lease.sandbox_id or lease.lease_id, workflow_id, CANCELLED)
+            for lease in before
+            if lease.lease_id not in left
+        ]
+    return ended
 
 
 async def _why_not_needed(
@@ -112,9 +125,10 @@ async def _why_not_needed(
     owner = orchestration.owner
     if owner is not None and owner.run_id != ended_run and not is_dead(owner):
         return None
-    cancelled = orchestration.control is Control.CANCEL
-    if cancelled or lease.fork_num is None:
-        return f"its orchestration was {'cancelled' if cancelled else 'left by its run'}"
+    if orchestration.control is Control.CANCEL:
+        return CANCELLED
+    if lease.fork_num is None:
+        return "its orchestration was left by its run"
     fork = await runtime.store.get(Fork, fork_key(lease.workflow_id, lease.fork_num))
     if fork is None or fork.outcome.is_terminal:
         return "its fork is over"

@@ -20,7 +20,7 @@ import pytest
 from tests.processes import live_sandboxes, wait_until_gone
 
 CLI = [sys.executable, "-m", "sandbox_pipeline"]
-SLOW_AGENT = "sh -c 'trap : TERM; sleep 120'"
+SLOW_AGENT = "sh -c 'trap : TERM; echo half > work; sleep 120'"
 
 
 def cli(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -116,6 +116,7 @@ def test_ctrl_c_cancels_cleans_up_and_says_so(home: Path, repo: Path) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     _wait_for_agents(home, 2)
+    _wait_for_work(home, 2)
     os.killpg(process.pid, signal.SIGINT)
     assert wait_until_gone(home, 10) == []
     out, err = process.communicate(timeout=30)
@@ -123,6 +124,8 @@ def test_ctrl_c_cancels_cleans_up_and_says_so(home: Path, repo: Path) -> None:
     assert "Traceback" not in out + err
     assert out.count("cancelled") >= 4
     assert _status_of_latest_run() == "CANCELED"
+    forks = json.loads(cli("show", "stopped", "--json").stdout)["forks"]
+    assert sorted(fork["insertions"] or 0 for fork in forks) == [0, 0, 1, 1], "what they had done"
 
 
 @pytest.mark.parametrize("executor", ["async", "multiprocess"])
@@ -134,6 +137,7 @@ def test_cancel_from_another_process(home: Path, repo: Path, executor: str) -> N
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     _wait_for_agents(home, 2)
+    _wait_for_work(home, 2)
     done = cli("cancel", "stopped")
     assert done.returncode == 0, done.stderr
     assert "no sandbox is left" in done.stdout
@@ -143,6 +147,8 @@ def test_cancel_from_another_process(home: Path, repo: Path, executor: str) -> N
     result = json.loads(out)
     assert result["run_status"] == "CANCELED"
     assert {fork["outcome"] for fork in result["forks"]} == {"cancelled"}
+    insertions = sorted(fork["insertions"] or 0 for fork in result["forks"])
+    assert insertions == [0, 1, 1], "what they had done is kept"
     assert "nothing to cancel" in cli("cancel", "stopped").stdout
 
 
@@ -371,6 +377,14 @@ def _wait_for_agents(home: Path, count: int) -> None:
     while _agents_started() < count and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(live_sandboxes(home)) == count
+
+
+def _wait_for_work(home: Path, count: int) -> None:
+    """Until so many agents have written their file."""
+    deadline = time.monotonic() + 60
+    while len(list(home.glob("sandboxes/*/home/*/work"))) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def _agents_started() -> int:

@@ -1,6 +1,10 @@
 """The executor keeps what Dagster promises: order, retries, hooks, failures, priorities, limits."""
 
 import asyncio
+import os
+import signal
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,8 +12,10 @@ from typing import Any
 import dagster as dg
 import pytest
 from dagster import reconstructable
+from dagster._core.errors import DagsterExecutionInterruptedError
 
 from sandbox_pipeline.defs.executor import sandbox_async_executor
+from sandbox_pipeline.defs.interrupts import interruptible
 
 SEEN: list[str] = []
 
@@ -176,3 +182,42 @@ def test_priorities_decide_when_there_is_a_limit(home: Path) -> None:
 def test_resources_are_torn_down_once(home: Path) -> None:
     execute(home, with_resource)
     assert SEEN == ["set up", "r", "torn down"]
+
+
+async def _beside_a_busy_callback() -> None:
+    """Wait under `interruptible`, while nearly all time is spent in callbacks of the loop."""
+    loop = asyncio.get_running_loop()
+
+    def spin() -> None:
+        end = time.monotonic() + 0.005
+        while time.monotonic() < end:
+            pass
+        loop.call_soon(spin)
+
+    loop.call_soon(spin)
+    for delay in (0.05, 0.06):
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with interruptible():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.1)
+            SEEN.append("cleaned up")
+
+
+def test_an_interrupt_that_hits_a_callback_still_cancels_the_op_and_a_second_changes_nothing() -> (
+    None
+):
+    def as_in_a_steps_process(*_: object) -> None:
+        raise DagsterExecutionInterruptedError
+
+    before = signal.signal(signal.SIGINT, as_in_a_steps_process)
+    try:
+        for _ in range(5):
+            with pytest.raises(asyncio.CancelledError):
+                asyncio.run(_beside_a_busy_callback())
+            assert SEEN[-1] == "cleaned up"
+            SEEN.clear()
+            assert signal.getsignal(signal.SIGINT) is as_in_a_steps_process
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -102,11 +102,12 @@ def test_cancel_ends_every_sandbox_and_the_run_stays_canceled(server: Webserver)
         "workflow_id": "to-cancel",
         "num_forks": 4,
         "max_concurrent": 3,
-        "agent": {"command": "sh -c 'trap : INT TERM; while :; do sleep 1; done'"},
+        "agent": {"command": "sh -c 'trap : INT TERM; echo a > work; while :; do sleep 1; done'"},
     }
     run_id = launch(config, url=server.url)
     deadline = time.monotonic() + 60
-    while len(live_sandboxes(server.home)) < 3 and time.monotonic() < deadline:
+    while len(list(server.home.glob("sandboxes/*/home/*/work"))) < 3:
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     assert len(live_sandboxes(server.home)) == 3
     query = """mutation($id: String!) { terminateRun(runId: $id) { __typename } }"""
@@ -122,7 +123,9 @@ def test_cancel_ends_every_sandbox_and_the_run_stays_canceled(server: Webserver)
         check=True,
         text=True,
     ).stdout
-    assert [fork["outcome"] for fork in json.loads(shown)["forks"]] == ["cancelled"] * 4
+    forks = json.loads(shown)["forks"]
+    assert [fork["outcome"] for fork in forks] == ["cancelled"] * 4
+    assert sorted(fork["insertions"] or 0 for fork in forks) == [0, 1, 1, 1], "as far as they got"
 
 
 def test_a_broken_file_fails_alone_and_the_other_has_job_and_schedule(server: Webserver) -> None:

@@ -100,10 +100,14 @@ parent=$(cat "$1/pid") || exit 1
 for stat in /proc/[0-9]*/stat; do
   read -r line < "$stat" || continue
   case "$line" in
-    *" (timeout) "?" $parent "*) kill -INT "${line%% *}" && exit 0 ;;
+    *" (timeout) "?" $parent "*) kill -INT "${line%% *}" && break ;;
   esac
+  line=
 done 2> /dev/null
-exit 1
+[ -n "$line" ] || exit 1
+turn=0
+while [ $turn -lt "$2" ] && ! [ -e "$1/exit" ]; do sleep 0.1; turn=$((turn + 1)); done
+exit 0
 """
 
 
@@ -145,13 +149,19 @@ async def run_detached(sandbox: Sandbox, name: str, job: Job, on_output: OnOutpu
     return replace(finished, timed_out=True, was_idle=True) if silence.stopped else finished
 
 
-async def interrupt(sandbox: Sandbox, name: str) -> bool:
+async def interrupt(sandbox: Sandbox, name: str, *, wait_seconds: float = 0.0) -> bool:
     """Stop a job as its time-out would: SIGINT, and SIGKILL `KILL_AFTER_SECONDS` later.
+
+    Args:
+        sandbox: where it runs.
+        name: of the job.
+        wait_seconds: for its end, at most.
 
     Returns:
         Whether there was one to stop.
     """
-    found = await sandbox.run(Command(["sh", "-c", _INTERRUPT, "sh", folder_of(name)]))
+    turns = str(round(wait_seconds * 10))
+    found = await sandbox.run(Command(["sh", "-c", _INTERRUPT, "sh", folder_of(name), turns]))
     return found.exit_code == 0
 
 

@@ -21,6 +21,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import dagster as dg
+from dagster._core.errors import DagsterExecutionInterruptedError
 
 from sandbox_pipeline.errors import PipelineError, StoreError
 from sandbox_pipeline.orchestrating import settle_cancelled
@@ -55,6 +56,10 @@ def guarded(instance: dg.DagsterInstance, run_id: str) -> Generator[None]:
         os.environ.pop(WORKER_VARIABLE, None)
         if is_cancelled(instance, run_id):
             asyncio.run(_settle(home, run_id))
+    if guard.cancelled or is_cancelled(instance, run_id):
+        # Its forks obeyed before the interrupt came, and the ops came to their end in peace.
+        _report_cancel(instance, run_id)
+        raise DagsterExecutionInterruptedError
 
 
 def instance_home(instance: dg.DagsterInstance) -> Path | None:
@@ -79,8 +84,20 @@ def _ask_to_cancel_if_interactive(instance: dg.DagsterInstance, run_id: str) -> 
         instance.report_run_canceling(run, message="Interrupted at the terminal.")
 
 
+def _report_cancel(instance: dg.DagsterInstance, run_id: str) -> None:
+    run = instance.get_run_by_id(run_id)
+    if run is not None and not is_cancelled(instance, run_id):
+        instance.report_run_canceling(run, message="Cancelled by command.")
+
+
 class _Guard:
-    """What the guard's thread does and has seen."""
+    """What the guard's thread does and has seen.
+
+    Attributes:
+        over: set when the run's ops have ended.
+        lost: another run has taken an orchestration of this one over.
+        cancelled: an orchestration of the run was cancelled in the store.
+    """
 
     def __init__(self, instance: dg.DagsterInstance, home: Path | None, run_id: str) -> None:
         self._instance = instance
@@ -90,8 +107,10 @@ class _Guard:
         self._last_beat = 0.0
         self._last_scan = 0.0
         self._mine: dict[str, Orchestration] = {}
+        self._known: set[str] = set()
         self.over = threading.Event()
         self.lost = False
+        self.cancelled = False
 
     async def watch(self) -> None:
         """Look after the run until it is over."""
@@ -109,6 +128,7 @@ class _Guard:
                 except StoreError as error:
                     # Without heartbeat the run loses its orchestration after a while.
                     logger.warning("the guard of run %s: %s", self._run_id, error)
+            await self._look_back(runtime)
         finally:
             await runtime.close()
 
@@ -133,19 +153,25 @@ class _Guard:
             self.lost = True
             logger.error("run %s lost %s to %s", self._run_id, key, _owner_id(unfinished[key]))
         self._mine = mine
+        self._known |= mine.keys()
         silent = min((it.owner.silent_seconds for it in mine.values() if it.owner), default=60.0)
         if mine and time.monotonic() - self._last_beat > min(HEARTBEAT_SECONDS, silent / 4):
             self._last_beat = time.monotonic()
             for key in mine:
                 await runtime.store.update(Orchestration, key, lambda it: beaten(it, self._run_id))
-        cancelled = any(it.control is Control.CANCEL for it in mine.values())
-        if (cancelled or self.lost) and not self._interrupted:
+        self.cancelled |= any(it.control is Control.CANCEL for it in mine.values())
+        if (self.cancelled or self.lost) and not self._interrupted:
             self._interrupted = True
-            run = self._instance.get_run_by_id(self._run_id)
-            asked = is_cancelled(self._instance, self._run_id)
-            if cancelled and run is not None and not asked:
-                self._instance.report_run_canceling(run, message="Cancelled by command.")
+            if self.cancelled:
+                _report_cancel(self._instance, self._run_id)
             os.kill(os.getpid(), signal.SIGINT)
+
+    async def _look_back(self, runtime: Runtime) -> None:
+        """See a cancel that was carried out to its end between two looks."""
+        for key in self._known:
+            found = await runtime.store.get(Orchestration, key)
+            if found is not None and _owner_id(found) == self._run_id:
+                self.cancelled |= found.control is Control.CANCEL
 
 
 def _owner_id(orchestration: Orchestration) -> str | None:

@@ -14,6 +14,7 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 from sandbox_pipeline import orchestrating
 from sandbox_pipeline.config import OrchestrationConfig, parse_config
 from sandbox_pipeline.defs.executors import check_place
+from sandbox_pipeline.defs.interrupts import interruptible
 from sandbox_pipeline.defs.presentation import asked_tags, fork_metrics_metadata, outcome_tags
 from sandbox_pipeline.defs.reconciling import report_dead
 from sandbox_pipeline.errors import PipelineError
@@ -199,7 +200,8 @@ async def _previous_ended(context: dg.OpExecutionContext, workflow_id: str) -> b
 async def _adapted(work: Coroutine[Any, Any, T]) -> T:
     """Dagster's words for being cancelled, and for an error that needs no stack trace."""
     try:
-        return await work
+        with interruptible():
+            return await work
     except asyncio.CancelledError:
         raise DagsterExecutionInterruptedError from None
     except PipelineError as error:

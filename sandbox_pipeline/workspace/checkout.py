@@ -6,6 +6,7 @@ All git that touches what an agent may have touched runs in the sandbox, never o
 from __future__ import annotations
 
 import re
+import secrets
 from pathlib import Path
 
 from sandbox_pipeline.errors import AgentError, ErrorKind, FailureClass, ProviderError
@@ -45,18 +46,19 @@ git -c core.hooksPath=/dev/null checkout --quiet -B "$BRANCH" "$COMMIT"
 rm -f {STATE_DIR}/base.bundle
 """
 
+# Index and patch have names of their own: two may be at it, where a cancel is settled twice.
 _PATCH = f"""\
 set -e
 cd {WORKSPACE}
-export GIT_DIR={STATE_DIR}/repo.git GIT_WORK_TREE={WORKSPACE} GIT_INDEX_FILE={STATE_DIR}/index
-rm -f "$GIT_INDEX_FILE" "$GIT_INDEX_FILE.lock"
+export GIT_DIR={STATE_DIR}/repo.git GIT_WORK_TREE={WORKSPACE}
+export GIT_INDEX_FILE={STATE_DIR}/index-$TOKEN
 git read-tree "$COMMIT"
 git add --all .
-git diff --cached --binary --no-ext-diff --no-textconv --no-color "$COMMIT" > {STATE_DIR}/patch
-if [ ! -s {STATE_DIR}/patch ]; then echo; else
-  git diff --cached --no-ext-diff --shortstat "$COMMIT"
-fi
-stat -c %s {STATE_DIR}/patch
+patch={STATE_DIR}/patch-$TOKEN
+git diff --cached --binary --no-ext-diff --no-textconv --no-color "$COMMIT" > $patch
+if [ ! -s $patch ]; then echo; else git diff --cached --no-ext-diff --shortstat "$COMMIT"; fi
+rm -f "$GIT_INDEX_FILE"
+stat -c %s $patch
 """
 
 
@@ -87,15 +89,18 @@ async def take_patch(
 ) -> Patch:
     """Write what changed since `commit` to `target`, redacted and at most `max_bytes`.
 
+    The file is there as a whole or not at all.
+
     Raises:
         AgentError: `BAD_RESULT`: git could not make a patch of what the agent left.
         ProviderError: the sandbox failed.
     """
+    token = secrets.token_hex(4)
     result = await sandbox.run(
         Command(
             ["sh", "-c", _PATCH],
             cwd=STATE_DIR,
-            env={**GIT_ENV, "COMMIT": commit},
+            env={**GIT_ENV, "COMMIT": commit, "TOKEN": token},
             timeout_seconds=PATCH_TIMEOUT_SECONDS,
         )
     )
@@ -110,18 +115,24 @@ async def take_patch(
         raise AgentError(FailureClass.BAD_RESULT, msg) from error
     stream = redactor.stream()
     kept = 0
-    with target.open("wb") as file:
-        while kept < min(size, max_bytes):
-            wanted = min(CHUNK_BYTES, max_bytes - kept)
-            chunk = await sandbox.read(f"{STATE_DIR}/patch", offset=kept, max_bytes=wanted)
-            if not chunk:
-                break
-            kept += len(chunk)
-            file.write(stream.feed(chunk))
-        file.write(stream.finish())
-    if kept < min(size, max_bytes):
-        msg = f"the patch ended after {kept} of {size} bytes"
-        raise ProviderError(ErrorKind.AMBIGUOUS, msg)
+    part = target.with_name(f"{target.name}.{token}")
+    try:
+        with part.open("wb") as file:
+            while kept < min(size, max_bytes):
+                wanted = min(CHUNK_BYTES, max_bytes - kept)
+                place = f"{STATE_DIR}/patch-{token}"
+                chunk = await sandbox.read(place, offset=kept, max_bytes=wanted)
+                if not chunk:
+                    break
+                kept += len(chunk)
+                file.write(stream.feed(chunk))
+            file.write(stream.finish())
+        if kept < min(size, max_bytes):
+            msg = f"the patch ended after {kept} of {size} bytes"
+            raise ProviderError(ErrorKind.AMBIGUOUS, msg)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
     return Patch(
         files_changed=_count(r"(\d+) files? changed", lines[0]),
         insertions=_count(r"(\d+) insertion", lines[0]),
