@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine
@@ -16,10 +15,16 @@ from sandbox_pipeline.config import RetryConfig
 from sandbox_pipeline.errors import ErrorKind, OwnershipError, ProviderError, StoreError
 from sandbox_pipeline.exchange import exchange_folder, remove_exchange_folder
 from sandbox_pipeline.ownership import held_by
-from sandbox_pipeline.records import Lease, Orchestration, SandboxState
+from sandbox_pipeline.records import Lease, Orchestration, SandboxState, orchestration_key
 from sandbox_pipeline.retrying import next_pause, patiently
 from sandbox_pipeline.runtime import APP, Runtime
-from sandbox_pipeline.sandboxes.base import Injecting, Network, Sandbox, SandboxSpec
+from sandbox_pipeline.sandboxes.base import (
+    Discarding,
+    Injecting,
+    Network,
+    Sandbox,
+    SandboxSpec,
+)
 from sandbox_pipeline.store.store import Fence
 
 logger = logging.getLogger(__name__)
@@ -110,23 +115,23 @@ async def create(
         # A server may remember a failure by the key, and would repeat it.
         spec = replace(spec, idempotency_key=f"{lease.lease_id}-{attempt}")
         try:
-            once = _create_once(runtime, lease, spec)
+            once = _create_once(runtime, lease, spec, retry)
             live, sandbox = await shielded(_permitted(runtime, pending, once))
         except ProviderError as error:
             pending = None
-            await after_failure(attempt, error)
-            if error.kind is ErrorKind.INVALID and spec.model_headers:
-                logger.warning("trying without injected headers, maybe unknown here: %s", error)
-                spec = replace(spec, model_headers={})
+            try:
+                await after_failure(attempt, error)
+                found = await _reconcile(runtime, lease, retry) if error.policy.reconcile else None
+            except StoreError:
+                if error.policy.reconcile:
+                    await _end_unseen(runtime, lease, retry)
+                raise
+            if found is not None:
+                return Created(*found, base=spec.base)
+            plainer = _plainer(spec, error)
+            if plainer is not None:
+                spec = plainer
                 continue
-            if error.kind is ErrorKind.MISSING and spec.base is not None:
-                logger.warning("a plain sandbox instead of a copy of %s: %s", spec.base, error)
-                spec = replace(spec, base=None)
-                continue
-            if error.policy.reconcile:
-                found = await _reconcile(runtime, lease, retry)
-                if found is not None:
-                    return Created(*found, base=spec.base)
             pause = next_pause(retry, error, attempt)
             if pause is None:
                 await _now_gone(runtime, lease, f"never created: {error}")
@@ -136,8 +141,19 @@ async def create(
         await asyncio.sleep(pause)
 
 
+def _plainer(spec: SandboxSpec, error: ProviderError) -> SandboxSpec | None:
+    """What to ask for instead, where the error may come from something that can be done without."""
+    if error.kind is ErrorKind.INVALID and spec.model_headers:
+        logger.warning("trying without injected headers, maybe unknown here: %s", error)
+        return replace(spec, model_headers={})
+    if error.kind is ErrorKind.MISSING and spec.base is not None:
+        logger.warning("a plain sandbox instead of a copy of %s: %s", spec.base, error)
+        return replace(spec, base=None)
+    return None
+
+
 def _create_once(
-    runtime: Runtime, lease: Lease, spec: SandboxSpec
+    runtime: Runtime, lease: Lease, spec: SandboxSpec, retry: RetryConfig
 ) -> Callable[[], Awaitable[tuple[Lease, Sandbox]]]:
     async def once() -> tuple[Lease, Sandbox]:
         try:
@@ -146,7 +162,7 @@ def _create_once(
         except TimeoutError as error:
             msg = f"no sandbox within {spec.config.start_timeout_seconds:g} s"
             raise ProviderError(ErrorKind.AMBIGUOUS, msg) from error
-        return await _now_live(runtime, lease, sandbox), sandbox
+        return await _now_live(runtime, lease, sandbox, retry), sandbox
 
     return once
 
@@ -206,18 +222,14 @@ async def adopt(runtime: Runtime, lease: Lease, retry: RetryConfig) -> tuple[Lea
         ProviderError: the list can't be read.
     """
     provider = runtime.provider(lease.provider)
-    wanted = {
-        "app": APP,
-        "deployment_id": await runtime.deployment_id(),
-        "lease_id": lease.lease_id,
-    }
+    wanted = await _marks(runtime, lease)
     found = list(await patiently(retry, lambda: provider.list(wanted)))
     for extra in found[1:]:
         await patiently(retry, lambda sandbox_id=extra.sandbox_id: provider.kill(sandbox_id))
     if not found:
         return None
     sandbox = await patiently(retry, lambda: provider.connect(found[0].sandbox_id))
-    return await _now_live(runtime, lease, sandbox), sandbox
+    return await _now_live(runtime, lease, sandbox, retry), sandbox
 
 
 async def end(
@@ -242,16 +254,34 @@ async def end(
     if lease.sandbox_id is not None:
         targets.append(lease.sandbox_id)
     if lease.sandbox_id is None or lease.doubtful:
-        wanted = {
-            "app": APP,
-            "deployment_id": await runtime.deployment_id(),
-            "lease_id": lease.lease_id,
-        }
+        wanted = await _marks(runtime, lease)
         found = await patiently(retry, lambda: provider.list(wanted))
         targets += [item.sandbox_id for item in found if item.sandbox_id != lease.sandbox_id]
     for target in targets:
         await patiently(retry, lambda sandbox_id=target: provider.kill(sandbox_id))
+        if lease.purpose == "base":
+            await _discard_unrecorded(runtime, lease, target, retry)
     return await _now_gone(runtime, lease, note)
+
+
+async def _discard_unrecorded(
+    runtime: Runtime, lease: Lease, sandbox_id: str, retry: RetryConfig
+) -> None:
+    """Remove the snapshots of a base that its orchestration doesn't know of; a failure is logged.
+
+    Such are those that were taken right before a crash, or whose answer got lost.
+    """
+    provider = runtime.provider(lease.provider)
+    if not isinstance(provider, Discarding):
+        return
+    found = await runtime.store.get(Orchestration, orchestration_key(lease.workflow_id))
+    known = () if found is None else (found.base_snapshot, *found.stale_snapshots)
+    try:
+        for name in await patiently(retry, lambda: provider.snapshots_of(sandbox_id)):
+            if name not in known:
+                await patiently(retry, lambda name=name: provider.discard(name))
+    except ProviderError as error:
+        logger.warning("snapshots of %s may be left over: %s", sandbox_id, error)
 
 
 async def shielded(work: Coroutine[Any, Any, T]) -> T:
@@ -270,7 +300,17 @@ async def _permitted(runtime: Runtime, permit: int, call: Callable[[], Awaitable
     try:
         return await call()
     finally:
-        await runtime.store.finish_permit(permit)
+        try:
+            await runtime.store.finish_permit(permit)
+        except StoreError as error:
+            # It expires by itself; what came of the creation matters more.
+            logger.warning("permit %d: %s", permit, error)
+
+
+async def _marks(runtime: Runtime, lease: Lease) -> dict[str, str]:
+    """By which the provider's list shows the sandboxes of one lease."""
+    deployment_id = await runtime.deployment_id()
+    return {"app": APP, "deployment_id": deployment_id, "lease_id": lease.lease_id}
 
 
 async def _metadata(runtime: Runtime, lease: Lease) -> dict[str, str]:
@@ -284,7 +324,7 @@ async def _metadata(runtime: Runtime, lease: Lease) -> dict[str, str]:
     }
 
 
-async def _now_live(runtime: Runtime, lease: Lease, sandbox: Sandbox) -> Lease:
+async def _now_live(runtime: Runtime, lease: Lease, sandbox: Sandbox, retry: RetryConfig) -> Lease:
     def live(it: Lease) -> Lease:
         if it.state in (SandboxState.KILLING, SandboxState.GONE):
             msg = f"the lease of {sandbox.sandbox_id} was ended while it was being created"
@@ -293,11 +333,33 @@ async def _now_live(runtime: Runtime, lease: Lease, sandbox: Sandbox) -> Lease:
 
     try:
         return await runtime.store.update(Lease, lease.key, live, fence=held_by(lease.owner_run))
-    except (OwnershipError, StoreError):
+    except Exception:
         # Nobody else knows of it.
-        with contextlib.suppress(ProviderError):
-            await runtime.provider(lease.provider).kill(sandbox.sandbox_id)
+        await _end_unwritten(runtime, lease, sandbox.sandbox_id, retry)
         raise
+
+
+async def _end_unseen(runtime: Runtime, lease: Lease, retry: RetryConfig) -> None:
+    """End what a creation without an answer may have left, now that nothing can be written."""
+    provider = runtime.provider(lease.provider)
+    try:
+        wanted = await _marks(runtime, lease)
+        found = await patiently(retry, lambda: provider.list(wanted))
+    except (ProviderError, StoreError) as error:
+        logger.warning("the sandbox of %s, if any, is left to its end: %s", lease.key, error)
+        return
+    for item in found:
+        await _end_unwritten(runtime, lease, item.sandbox_id, retry)
+
+
+async def _end_unwritten(
+    runtime: Runtime, lease: Lease, sandbox_id: str, retry: RetryConfig
+) -> None:
+    """End a sandbox that is in no record; what can't be ended has its own time-to-live."""
+    try:
+        await patiently(retry, lambda: runtime.provider(lease.provider).kill(sandbox_id))
+    except ProviderError as error:
+        logger.warning("sandbox %s is left to its time-to-live: %s", sandbox_id, error)
 
 
 def _killing(lease: Lease) -> Lease:

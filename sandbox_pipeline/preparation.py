@@ -16,11 +16,13 @@ from sandbox_pipeline.errors import (
     FailureClass,
     ProviderError,
 )
+from sandbox_pipeline.ownership import held_by
 from sandbox_pipeline.records import Orchestration, orchestration_key
 from sandbox_pipeline.retrying import patiently
 from sandbox_pipeline.runtime import Runtime
 from sandbox_pipeline.sandboxes.base import WORKSPACE, Command, Discarding, Network, Sandbox
 from sandbox_pipeline.sandboxes.steady import SteadySandbox
+from sandbox_pipeline.store.store import Fence
 from sandbox_pipeline.workspace.checkout import put_repository, tail
 from sandbox_pipeline.workspace.mirror import Base, pin
 from sandbox_pipeline.workspace.source import Source, check_branch, check_source
@@ -113,32 +115,61 @@ async def prepare(runtime: Runtime, orchestration: Orchestration, run_id: str) -
         await put_repository(steady, _base(orchestration), "base")
         await _run_setup(steady, config)
         name = await _snapshot(runtime, orchestration, created.sandbox)
+        if name is not None:
+            # Before the lease ends, which removes the snapshots that are not written down.
+            orchestration = await runtime.store.update(
+                Orchestration,
+                orchestration_key(orchestration.workflow_id),
+                lambda it: it.evolve(base_snapshot=name),
+                fence=held_by(run_id),
+            )
     finally:
         await leasing.end(runtime, created.lease, config.retry, note="base prepared")
-    if name is None:
-        return orchestration
-    return await runtime.store.update(
-        Orchestration,
-        orchestration_key(orchestration.workflow_id),
-        lambda it: it.evolve(base_snapshot=name),
-    )
+    return orchestration
 
 
-async def discard_base(runtime: Runtime, orchestration: Orchestration) -> Orchestration:
-    """Remove the prepared workspace, which no fork needs any more; a failure is only logged."""
-    name = orchestration.base_snapshot
-    if name is None:
+async def discard_base(
+    runtime: Runtime, orchestration: Orchestration, *, fence: Fence | None = None
+) -> Orchestration:
+    """Remove the prepared workspace, which no fork needs any more; a failure is only logged.
+
+    It is taken out of use first: a run that takes the orchestration up prepares anew.
+
+    Raises:
+        OwnershipError: by the fence; nothing was done.
+    """
+    if orchestration.base_snapshot is None and not orchestration.stale_snapshots:
         return orchestration
+
+    def out_of_use(it: Orchestration) -> Orchestration:
+        if it.base_snapshot is None:
+            return it
+        stale = (*it.stale_snapshots, it.base_snapshot)
+        return it.evolve(base_snapshot=None, stale_snapshots=stale)
+
+    key = orchestration.key
+    orchestration = await runtime.store.update(Orchestration, key, out_of_use, fence=fence)
+    for name in orchestration.stale_snapshots:
+        if await _discarded(runtime, orchestration, name):
+
+            def without(it: Orchestration, name: str = name) -> Orchestration:
+                return it.evolve(stale_snapshots=tuple(n for n in it.stale_snapshots if n != name))
+
+            orchestration = await runtime.store.update(Orchestration, key, without)
+    return orchestration
+
+
+async def _discarded(runtime: Runtime, orchestration: Orchestration, name: str) -> bool:
     try:
         provider = runtime.provider(orchestration.provider)
         if isinstance(provider, Discarding):
             await patiently(orchestration.config.retry, lambda: provider.discard(name))
     except (ProviderError, ConfigError) as error:
-        logger.warning("snapshot %s of %s is left over: %s", name, orchestration.key, error)
-        return orchestration
-    return await runtime.store.update(
-        Orchestration, orchestration.key, lambda it: it.evolve(base_snapshot=None)
-    )
+        logger.warning(
+            "snapshot %s of %s is left to the reaper: %s", name, orchestration.key, error
+        )
+        return False
+    return True
 
 
 async def put(sandbox: Sandbox, orchestration: Orchestration, fork_num: int) -> None:

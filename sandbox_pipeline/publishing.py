@@ -168,7 +168,7 @@ async def _commit(
         try:
             return await _commit_once(runtime, orchestration, fork, git, lease)
         except ProviderError as error:
-            # The reaper may take a sandbox of an orchestration that is over for a left-over.
+            # A run that was silent for long, on another machine, counts as dead to the reaper.
             if error.kind is not ErrorKind.GONE or attempt >= PUSH_ATTEMPTS:
                 raise
             attempt += 1

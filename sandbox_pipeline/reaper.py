@@ -13,6 +13,7 @@ from sandbox_pipeline.config import RetryConfig
 from sandbox_pipeline.errors import ConfigError, OwnershipError, PipelineError, ProviderError
 from sandbox_pipeline.orchestrating import cancel_now
 from sandbox_pipeline.ownership import held_by, is_dead, unchanged_since
+from sandbox_pipeline.preparation import discard_base
 from sandbox_pipeline.records import (
     Control,
     Event,
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 # A sandbox whose lease is not in the store yet was created a moment ago, or its row is lost.
 UNKNOWN_GRACE_SECONDS = 120.0
 CANCELLED = "its orchestration was cancelled"
+OVER = "its orchestration is over"
+LEFT = "its orchestration was left by its run"
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ async def reap(
             for item in await _unleased(runtime, name, dry_run=dry_run)
             if item.sandbox_id not in known
         ]
-    return reaped
+    return reaped + await _left_snapshots(runtime, dry_run=dry_run)
 
 
 async def ask_to_cancel(runtime: Runtime, run_id: str) -> None:
@@ -117,19 +120,67 @@ async def _finish_cancels(runtime: Runtime) -> list[Reaped]:
     return ended
 
 
+async def _left_snapshots(runtime: Runtime, *, dry_run: bool) -> list[Reaped]:
+    """Prepared workspaces that no fork will need, or that nobody came back for.
+
+    A dead run's is kept for as long as its sandboxes live on: a resume may want it.
+    """
+    reaped: list[Reaped] = []
+    for it in await runtime.store.with_snapshots():
+        if it.completed_at is not None:
+            reason = OVER
+        elif it.base_snapshot is None:
+            reason = "it was replaced"
+        elif it.owner is not None and is_dead(it.owner):
+            silent_seconds = now().seconds_since(it.owner.heartbeat)
+            if silent_seconds < it.config.sandbox.orphan_grace_seconds:
+                continue
+            reason = LEFT
+        else:
+            continue
+        names = [name for name in (*it.stale_snapshots, it.base_snapshot) if name is not None]
+        left: tuple[str, ...] = ()
+        if not dry_run:
+            try:
+                left = (await discard_base(runtime, it, fence=unchanged_since(it))).stale_snapshots
+            except OwnershipError as error:
+                logger.info("left alone the snapshot of %s: %s", it.key, error)
+                continue
+        reaped += [
+            Reaped(it.provider, name, it.workflow_id, reason) for name in names if name not in left
+        ]
+    return reaped
+
+
 async def _why_not_needed(
     runtime: Runtime, lease: Lease, orchestration: Orchestration | None, ended_run: str | None
 ) -> str | None:
-    if orchestration is None or orchestration.completed_at is not None:
-        return "its orchestration is over"
-    owner = orchestration.owner
-    if owner is not None and owner.run_id != ended_run and not is_dead(owner):
+    if orchestration is None:
+        return OVER
+    if _is_owned(lease, orchestration, ended_run):
         return None
+    if orchestration.completed_at is not None:
+        return OVER
     if orchestration.control is Control.CANCEL:
         return CANCELLED
     if lease.fork_num is None:
-        return "its orchestration was left by its run"
-    fork = await runtime.store.get(Fork, fork_key(lease.workflow_id, lease.fork_num))
+        return LEFT
+    return await _why_not_resumed(runtime, lease, lease.fork_num)
+
+
+def _is_owned(lease: Lease, orchestration: Orchestration, ended_run: str | None) -> bool:
+    """Whether a living run has a use for it; after the end, for publishing."""
+    owner = orchestration.owner
+    if owner is None or owner.run_id == ended_run or is_dead(owner):
+        return False
+    end = orchestration.completed_at
+    return end is None or (
+        lease.owner_run == owner.run_id and lease.intent_at.seconds_since(end) > 0
+    )
+
+
+async def _why_not_resumed(runtime: Runtime, lease: Lease, fork_num: int) -> str | None:
+    fork = await runtime.store.get(Fork, fork_key(lease.workflow_id, fork_num))
     if fork is None or fork.outcome.is_terminal:
         return "its fork is over"
     if lease.state is not SandboxState.LIVE:

@@ -372,6 +372,7 @@ class Orchestration(Record):
     Attributes:
         base_commit: what every fork starts from, pinned at the first run.
         base_snapshot: the provider's name of the prepared workspace, after `setup_command`.
+        stale_snapshots: former ones that no fork will use, while they may still exist.
         fatal: set when no further fork can succeed; the run fails with it.
         judging: None where no judge was asked.
     """
@@ -385,6 +386,7 @@ class Orchestration(Record):
     base_commit: str | None = None
     branch: str | None = None
     base_snapshot: str | None = None
+    stale_snapshots: tuple[str, ...] = ()
     owner: Owner | None = None
     control: Control = Control.RUN
     fatal: Failure | None = None

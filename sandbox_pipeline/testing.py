@@ -123,6 +123,13 @@ class FaultyProvider:
             inner = self.inner
             await self.call("discard", lambda: inner.discard(base))
 
+    async def snapshots_of(self, sandbox_id: str) -> Sequence[str]:
+        """See `Discarding.snapshots_of`."""
+        if not isinstance(self.inner, Discarding):
+            return []
+        inner = self.inner
+        return await self.call("snapshots_of", lambda: inner.snapshots_of(sandbox_id))
+
     async def close(self) -> None:
         """See `SandboxProvider.close`."""
         await self.inner.close()

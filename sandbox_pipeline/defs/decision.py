@@ -1,14 +1,17 @@
 """The assets that people decide with, and the checks of what they rest on."""
 
+import asyncio
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pandas as pd
+from dagster._core.errors import DagsterExecutionInterruptedError
 
 from sandbox_pipeline.charts import cost_svg, data_url, timeline_svg
 from sandbox_pipeline.config import OrchestrationConfig
+from sandbox_pipeline.defs.interrupts import interruptible
 from sandbox_pipeline.defs.presentation import Metadata
 from sandbox_pipeline.errors import PipelineError
 from sandbox_pipeline.metrics import frame, judge_cost_usd
@@ -299,9 +302,12 @@ async def _publish(
 
     run_id = context.run.run_id
     try:
-        return await publish(
-            _runtime(context), orchestration, forks, ranked, run_id=run_id, announce=announce
-        )
+        with interruptible():
+            return await publish(
+                _runtime(context), orchestration, forks, ranked, run_id=run_id, announce=announce
+            )
+    except asyncio.CancelledError:
+        raise DagsterExecutionInterruptedError from None
     except PipelineError as error:
         text = _runtime(context).redactor(orchestration).text(str(error))
         raise dg.Failure(text, allow_retries=False) from error

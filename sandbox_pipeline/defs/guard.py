@@ -26,7 +26,7 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 from sandbox_pipeline.errors import PipelineError, StoreError
 from sandbox_pipeline.orchestrating import settle_cancelled
 from sandbox_pipeline.ownership import HEARTBEAT_SECONDS, WORKER_VARIABLE, beaten
-from sandbox_pipeline.records import Control, Orchestration
+from sandbox_pipeline.records import Control, Orchestration, orchestration_key
 from sandbox_pipeline.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,10 @@ class _Guard:
                 except StoreError as error:
                     # Without heartbeat the run loses its orchestration after a while.
                     logger.warning("the guard of run %s: %s", self._run_id, error)
-            await self._look_back(runtime)
+            try:
+                await self._look_back(runtime)
+            except StoreError as error:
+                logger.warning("the guard of run %s: %s", self._run_id, error)
         finally:
             await runtime.close()
 
@@ -154,17 +157,28 @@ class _Guard:
             logger.error("run %s lost %s to %s", self._run_id, key, _owner_id(unfinished[key]))
         self._mine = mine
         self._known |= mine.keys()
-        silent = min((it.owner.silent_seconds for it in mine.values() if it.owner), default=60.0)
-        if mine and time.monotonic() - self._last_beat > min(HEARTBEAT_SECONDS, silent / 4):
+        silent = runtime.settings.silent_seconds
+        if time.monotonic() - self._last_beat > min(HEARTBEAT_SECONDS, silent / 4):
             self._last_beat = time.monotonic()
-            for key in mine:
-                await runtime.store.update(Orchestration, key, lambda it: beaten(it, self._run_id))
+            for key in await self._alive(runtime):
+                with contextlib.suppress(KeyError):
+                    await runtime.store.update(
+                        Orchestration, key, lambda it: beaten(it, self._run_id)
+                    )
         self.cancelled |= any(it.control is Control.CANCEL for it in mine.values())
         if (self.cancelled or self.lost) and not self._interrupted:
             self._interrupted = True
             if self.cancelled:
                 _report_cancel(self._instance, self._run_id)
             os.kill(os.getpid(), signal.SIGINT)
+
+    async def _alive(self, runtime: Runtime) -> set[str]:
+        """What needs a heartbeat: also beyond its end, for the sandboxes that publishing needs."""
+        return self._known | {
+            orchestration_key(lease.workflow_id)
+            for lease in await runtime.store.leases()
+            if lease.owner_run == self._run_id
+        }
 
     async def _look_back(self, runtime: Runtime) -> None:
         """See a cancel that was carried out to its end between two looks."""

@@ -224,6 +224,14 @@ class Discarding(Protocol):
         """Remove a snapshot; nothing where there is none; raises `ProviderError`."""
         ...
 
+    async def snapshots_of(self, sandbox_id: str) -> Sequence[str]:
+        """The snapshots that were taken of a sandbox and still exist; it may be gone itself.
+
+        Raises:
+            ProviderError: they can't be listed.
+        """
+        ...
+
 
 @runtime_checkable
 class SelfChecking(Protocol):

@@ -223,6 +223,19 @@ class E2BProvider:
         deleted = AsyncSandbox.delete_snapshot(base, **self._options)
         await self._client.ask(deleted, Call.ACCOUNT, "delete a snapshot")
 
+    async def snapshots_of(self, sandbox_id: str) -> Sequence[str]:
+        """The templates that `snapshot` made of a sandbox, over all pages."""
+        from e2b import AsyncSandbox
+
+        pages = AsyncSandbox.list_snapshots(sandbox_id=sandbox_id, limit=PAGE_SIZE, **self._options)
+        found: list[str] = []
+        for _ in range(MAX_PAGES):
+            page = await self._client.ask(pages.next_items(), Call.ACCOUNT, "list snapshots")
+            found += [info.snapshot_id for info in page]
+            if not pages.has_next:
+                break
+        return found
+
     async def injects(self, sandbox_id: str, host: str) -> bool:
         """Whether E2B says that it has rules for this host; an older server drops them."""
         info = await self._client.info(sandbox_id, "look at a sandbox's network")

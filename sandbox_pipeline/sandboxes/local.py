@@ -123,7 +123,7 @@ class LocalProvider:
     async def snapshot(self, sandbox: Sandbox) -> str:
         """See `SandboxProvider.snapshot`; the base is there until `discard`."""
         folder = self._folder(sandbox.sandbox_id)
-        name = f"base-{folder.sandbox_id.removeprefix('local-')}"
+        name = _base_name(folder)
         place = self.root / "bases" / name
         with _host_errors(f"cannot keep {name}"):
             if folder.is_alive():
@@ -141,6 +141,11 @@ class LocalProvider:
         """Remove a snapshot; nothing happens when there is none."""
         place = self._base(base)
         await _to_end(asyncio.to_thread(remove_tree, str(place)))
+
+    async def snapshots_of(self, sandbox_id: str) -> Sequence[str]:
+        """See `Discarding.snapshots_of`."""
+        name = _base_name(self._folder(sandbox_id))
+        return [name] if await asyncio.to_thread(self._base(name).exists) else []
 
     async def diagnose(self, config: SandboxConfig) -> Sequence[Check]:
         """See `SelfChecking`."""
@@ -294,6 +299,10 @@ async def _run_to_end(argv: Sequence[str]) -> None:
     if process.returncode:
         message = f"cannot copy the snapshot: {printable(stderr.decode('utf-8', 'replace'))}"
         raise ProviderError(ErrorKind.HOST, message)
+
+
+def _base_name(folder: SandboxFolder) -> str:
+    return f"base-{folder.sandbox_id.removeprefix('local-')}"
 
 
 def _move_home(folder: SandboxFolder, place: Path) -> None:

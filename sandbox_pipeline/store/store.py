@@ -55,6 +55,7 @@ CHANGED_RECORD = (
 )
 OPEN = "open"
 COMPLETE = "complete"
+SNAPSHOT_LEFT = "complete, a snapshot left"
 
 
 class TerminalError(PipelineError):
@@ -274,6 +275,19 @@ class Store:
             found = [_load(Orchestration, value, version) for value, version in rows]
             found.sort(key=lambda item: item.requested_at.wall, reverse=True)
             return found[:limit]
+
+        return await self._run(read, write=False)
+
+    async def with_snapshots(self) -> list[Orchestration]:
+        """The orchestrations whose prepared workspace may still exist at the provider."""
+
+        def read(connection: Connection) -> list[Orchestration]:
+            query = sa.select(tables.state.c.value, tables.state.c.version).where(
+                tables.state.c.kind == Orchestration.kind,
+                tables.state.c.status.in_([OPEN, SNAPSHOT_LEFT]),
+            )
+            found = [_load(Orchestration, *row) for row in connection.execute(query)]
+            return [it for it in found if it.base_snapshot is not None or it.stale_snapshots]
 
         return await self._run(read, write=False)
 
@@ -530,7 +544,8 @@ def _row(record: Record, version: int) -> dict[str, Any]:
     elif isinstance(record, Lease):
         status, fork_num = record.state.value, record.fork_num
     elif isinstance(record, Orchestration):
-        status = COMPLETE if record.complete else OPEN
+        left = record.base_snapshot is not None or record.stale_snapshots
+        status = (SNAPSHOT_LEFT if left else COMPLETE) if record.complete else OPEN
     return {
         "key": record.key,
         "kind": record.kind,

@@ -55,10 +55,10 @@ export GIT_INDEX_FILE={STATE_DIR}/index-$TOKEN
 git read-tree "$COMMIT"
 git add --all .
 patch={STATE_DIR}/patch-$TOKEN
-git diff --cached --binary --no-ext-diff --no-textconv --no-color "$COMMIT" > $patch
-if [ ! -s $patch ]; then echo; else git diff --cached --no-ext-diff --shortstat "$COMMIT"; fi
+git diff --cached --binary --no-ext-diff --no-textconv --no-color "$COMMIT" > "$patch"
+if [ ! -s "$patch" ]; then echo; else git diff --cached --no-ext-diff --shortstat "$COMMIT"; fi
 rm -f "$GIT_INDEX_FILE"
-stat -c %s $patch
+stat -c %s "$patch"
 """
 
 

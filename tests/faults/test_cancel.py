@@ -1,4 +1,4 @@
-"""A whole orchestration is cancelled while its agents work: what they did is kept, none lives on."""
+"""A cancel of a whole orchestration while its agents work: what they did is kept, none lives on."""
 
 from __future__ import annotations
 
@@ -59,11 +59,10 @@ def config_of(provider: str, repo: Path, agent: str = AGENT) -> OrchestrationCon
 
 async def at_work(runtime: Runtime, count: int = 2) -> None:
     """Until so many agents have written into their workspace."""
-    for _ in range(600):
-        forks = [fork for fork in await runtime.store.forks("w") if fork.attempts.get("agent")]
-        if len(forks) == count:
-            break
+    forks: list[Fork] = []
+    while len(forks) < count:
         await asyncio.sleep(0.05)
+        forks = [fork for fork in await runtime.store.forks("w") if fork.attempts.get("agent")]
     for fork in forks:
         sandbox = await runtime.provider(fork.provider or "").connect(fork.sandbox_id or "")
         while True:
@@ -71,6 +70,10 @@ async def at_work(runtime: Runtime, count: int = 2) -> None:
                 if await sandbox.read(f"{WORKSPACE}/work"):
                     break
             await asyncio.sleep(0.05)
+
+
+def environ_of(server: E2BServer | None) -> dict[str, str]:
+    return {} if server is None else dict(server.environ)
 
 
 async def interrupted(running: asyncio.Task[object]) -> None:
@@ -84,7 +87,7 @@ async def test_the_patches_of_agents_at_work_are_kept(
     home: Path, repo: Path, provider: str, agent: str
 ) -> None:
     async with cloud_of(provider) as server:
-        async with opened(home, server.environ if server else {}) as runtime:
+        async with opened(home, environ_of(server)) as runtime:
             config = config_of(provider, repo, agent)
             running = asyncio.create_task(drive(runtime, config, "w"))
             await at_work(runtime)
@@ -137,7 +140,7 @@ async def test_the_reaper_keeps_them_too_where_the_worker_is_dead(
     home: Path, repo: Path, provider: str
 ) -> None:
     async with cloud_of(provider) as server:
-        environ = server.environ if server else {}
+        environ = environ_of(server)
         async with opened(home, environ) as runtime, opened(home, environ) as other:
             running = asyncio.create_task(drive(runtime, config_of(provider, repo), "w"))
             await at_work(runtime)

@@ -34,6 +34,7 @@ def routes(world: World, api_key: str) -> list[Route]:
         Route(f"{one}/snapshots", plane.guard(plane.snapshot), methods=["POST"]),
         Route(f"{one}/pause", plane.guard(plane.pause), methods=["POST"]),
         Route(f"{one}/network", plane.guard(plane.network), methods=["PUT"]),
+        Route("/snapshots", plane.guard(plane.snapshots), methods=["GET"]),
         Route("/templates/{name}", plane.guard(plane.delete_template), methods=["DELETE"]),
         Route("/templates/aliases/{alias}", plane.guard(plane.alias), methods=["GET"]),
     ]
@@ -128,6 +129,19 @@ class ControlPlane:
     async def snapshot(self, request: Request) -> Response:
         name = await self._world.snapshot(self._find(request))
         return JSONResponse({"snapshotID": name, "names": [name]}, 201)
+
+    async def snapshots(self, request: Request) -> Response:
+        query = request.query_params
+        source = query.get("sandboxID")
+        found = [
+            name
+            for name, sandbox_id in sorted(self._world.snapshots.items())
+            if source in (None, sandbox_id) and name > query.get("nextToken", "")
+        ]
+        size = min(int(query.get("limit", 100)), self._world.limits.page_size)
+        page = found[:size]
+        more = {"x-next-token": page[-1]} if len(found) > size else {}
+        return JSONResponse([{"snapshotID": name, "names": [name]} for name in page], headers=more)
 
     async def delete_template(self, request: Request) -> Response:
         await self._world.delete_template(request.path_params["name"])

@@ -31,7 +31,7 @@ class Entry:
     Attributes:
         time: seconds of the monotonic clock of this boot.
         request: method and path, for `request` entries, written on arrival; the name, for
-            `egress` entries.
+            `egress` and snapshot entries.
         headers: of an `egress` entry, as they left the sandbox.
     """
 
@@ -115,6 +115,12 @@ class Ledger:
         """Ids of the sandboxes alive now."""
         ended = {entry.sandbox_id for entry in self.entries() if entry.kind in ENDS}
         return [name for name in self.created(**metadata) if name not in ended]
+
+    def snapshots(self) -> list[str]:
+        """Names of the snapshots that exist now."""
+        deleted = {entry.request for entry in self.entries("snapshot-deleted")}
+        taken = [entry.request or "" for entry in self.entries("snapshot")]
+        return [name for name in taken if name not in deleted]
 
     def max_live(self, **metadata: str) -> int:
         """Most sandboxes that were alive at one time."""

@@ -9,7 +9,7 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -118,6 +118,16 @@ class E2BServer:
     def add_rows(self, count: int, metadata: Mapping[str, str]) -> list[str]:
         """Sandboxes without processes, for tests of lists."""
         return self._call(lambda: [self._world.add_row(metadata) for _ in range(count)])
+
+    async def ended(self, sandbox_ids: Sequence[str], *, seconds: float) -> None:
+        """Wait until none of them is alive.
+
+        Raises:
+            TimeoutError: one still is.
+        """
+        async with asyncio.timeout(seconds):
+            while set(sandbox_ids) & set(self.ledger.live()):
+                await asyncio.sleep(0.05)
 
     def vanish(self, sandbox_id: str) -> None:
         """End a sandbox as E2B sometimes does: unasked and untold."""

@@ -103,6 +103,8 @@ class World:
         self.limits = limits
         self.ledger = ledger
         self.templates = set(templates)
+        self.snapshots: dict[str, str] = {}
+        """Name to the sandbox that it was taken of."""
         self._root = root
         self.request_bodies: list[dict[str, Any]] = []
         self._keys: dict[str, str] = {}
@@ -251,7 +253,10 @@ class World:
             shutil.copytree, sandbox.machine.home, self._root / "snapshots" / name, symlinks=True
         )
         self.templates.add(name)
-        self.ledger.add("snapshot", sandbox_id=sandbox.sandbox_id, metadata=sandbox.metadata)
+        self.snapshots[name] = sandbox.sandbox_id
+        self.ledger.add(
+            "snapshot", sandbox_id=sandbox.sandbox_id, metadata=sandbox.metadata, request=name
+        )
         return name
 
     async def delete_template(self, name: str) -> None:
@@ -260,6 +265,7 @@ class World:
         if name not in self.templates or not folder.is_dir():
             raise ApiError(404, f"template '{name}' not found")
         self.templates.discard(name)
+        self.snapshots.pop(name, None)
         await asyncio.to_thread(shutil.rmtree, folder, True)
         self.ledger.add("snapshot-deleted", request=name)
 
