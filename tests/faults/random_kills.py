@@ -1,8 +1,9 @@
 """Orchestrations under seeded random kills: `python -m tests.faults.random_kills --n 300 --seed 1`.
 
 Each orchestration is run by a forked worker that is killed, cut off or told to cancel at random
-moments, and started again until it is complete. Then the provider's own truth (processes here,
-the server's ledger for E2B) is compared with the store.
+moments, and started again until it is complete. E2B's API is killed too, and comes back within a
+second; its sandboxes live on. Then the provider's own truth (processes here, the server's ledger
+for E2B) is compared with the store.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import psutil
 from sandbox_pipeline.config import parse_config
 from sandbox_pipeline.errors import OwnershipError
 from sandbox_pipeline.instance import ensure_home
+from sandbox_pipeline.reaper import reap
 from sandbox_pipeline.records import (
     Control,
     Event,
@@ -51,7 +53,7 @@ CANARY = "canary-5e1f8a6b7c90d2"
 FORKS = 3
 LANES = 2
 REFUSED = 3
-ATTEMPTS = 4
+ATTEMPTS = 5
 MOST_RUNS = 12
 GRACE_SECONDS = 15
 PATIENCE_SECONDS = 60
@@ -80,7 +82,8 @@ class Campaign:
         self.home = folder / "home"
         self.ledger_path = folder / "ledger.jsonl"
         self.environ = {**os.environ, **environ, "CANARY": CANARY}
-        self.url = environ.get("E2B_API_URL", "")
+        self.admin = environ.get("ADMIN_URL", "")
+        self.front = folder / "front.pid"
         self.repo = make_repo(folder / "repo")
         ensure_home(self.home)
 
@@ -97,7 +100,7 @@ class Campaign:
                 "orphan_grace_seconds": GRACE_SECONDS,
                 **({"isolation": "none"} if self.provider == "local" else {}),
             },
-            "retry": {"attempts": ATTEMPTS, "initial_seconds": 0.02, "max_seconds": 0.2},
+            "retry": {"attempts": ATTEMPTS, "initial_seconds": 0.05, "max_seconds": 1},
             "rate_limit": {"starts": 1000, "window_ms": 1},
         }
 
@@ -121,7 +124,7 @@ class Campaign:
             "when": chance.choice(["before", "after"]),
             "drop": True,
         }
-        httpx.post(f"{self.url}/admin/faults", json=[rule]).raise_for_status()
+        httpx.post(f"{self.admin}/admin/faults", json=[rule]).raise_for_status()
         return f"cut {rule['path']}"
 
     def worker(self, workflow_id: str, run_id: str) -> int:
@@ -187,7 +190,10 @@ class Campaign:
     def _torment(self, chance: random.Random, found: Found, pid: int) -> None:
         time.sleep(chance.random() * 1.3)
         deeds: dict[str, int] = {"kill worker": 6, "cancel fork": 1, "cancel": 1, "second run": 1}
-        deeds |= {"kill supervisor": 2} if self.provider == "local" else {"cut": 5}
+        if self.provider == "local":
+            deeds["kill supervisor"] = 2
+        else:
+            deeds |= {"cut": 4, "kill server": 3}
         deed = chance.choices(list(deeds), list(deeds.values()))[0]
         workflow_id = found.workflow_id
         if deed == "kill worker":
@@ -197,6 +203,9 @@ class Campaign:
             _kill_supervisors(self.live(workflow_id), chance)
         elif deed == "cut":
             deed = self.cut(chance)
+        elif deed == "kill server":
+            with contextlib.suppress(ProcessLookupError):  # still dead
+                os.kill(int(self.front.read_text(encoding="ascii")), signal.SIGKILL)
         elif deed == "second run":
             code = _wait(self.worker(workflow_id, f"{workflow_id}-second-{found.runs}"))
             # Where the first was through already, the second finds nothing to do.
@@ -219,6 +228,21 @@ class Campaign:
                 if ledger.max_live(workflow_id=workflow_id, fork_num=str(number)) > 1:
                     found.problems.append(f"fork {number} had two sandboxes at once")
 
+        orchestration, forks, rows, events = self._read(workflow_id)
+        if orchestration is not None and not orchestration.complete:
+            # Where the provider was away at the end, the reaper is to confirm that nothing lives.
+            self.ask(reap)
+            orchestration, forks, rows, events = self._read(workflow_id)
+        found.outcomes = [fork.outcome.value for fork in forks]
+        if orchestration is None or not orchestration.complete:
+            found.problems.append("not complete")
+        if [row["fork_num"] for row in rows] != list(range(FORKS)):
+            found.problems.append(f"rows: {[row['fork_num'] for row in rows]}")
+        for fork in forks:
+            mine = [event for event in events if event.fork_num == fork.fork_num]
+            found.problems += [f"fork {fork.fork_num} {text}" for text in _wrong(fork, mine)]
+
+    def _read(self, workflow_id: str) -> tuple[Any, ...]:
         async def read(runtime: Runtime) -> tuple[Any, ...]:
             key = orchestration_key(workflow_id)
             return (
@@ -228,15 +252,7 @@ class Campaign:
                 await runtime.store.events(workflow_id),
             )
 
-        orchestration, forks, rows, events = self.ask(read)
-        found.outcomes = [fork.outcome.value for fork in forks]
-        if orchestration is None or not orchestration.complete:
-            found.problems.append("not complete")
-        if [row["fork_num"] for row in rows] != list(range(FORKS)):
-            found.problems.append(f"rows: {[row['fork_num'] for row in rows]}")
-        for fork in forks:
-            mine = [event for event in events if event.fork_num == fork.fork_num]
-            found.problems += [f"fork {fork.fork_num} {text}" for text in _wrong(fork, mine)]
+        return self.ask(read)
 
     def canaries(self) -> list[str]:
         """Files of the deployment in which the secret is."""
@@ -306,7 +322,7 @@ def _text(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _server(folder: Path, provider: str) -> Generator[dict[str, str]]:
+def _server(folder: Path, provider: str, seed: int) -> Generator[dict[str, str]]:
     if provider == "local":
         yield {}
         return
@@ -318,16 +334,26 @@ def _server(folder: Path, provider: str) -> Generator[dict[str, str]]:
     )  # fmt: skip
     assert process.stdout is not None
     lines = [process.stdout.readline().strip() for _ in range(3)]
+    environ = dict(line.partition("=")[::2] for line in lines)
+    behind = environ["E2B_API_URL"]
+    front = subprocess.Popen(
+        [sys.executable, "-m", "tests.servers.e2b_server.front", "--pid-file",
+         str(folder / "front.pid"), "--port", behind.rpartition(":")[2], "--seed", str(seed)],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert front.stdout is not None
+    url = front.stdout.readline().strip()
     try:
-        yield dict(line.partition("=")[::2] for line in lines)
+        yield {**environ, "E2B_API_URL": url, "E2B_SANDBOX_URL": url, "ADMIN_URL": behind}
     finally:
-        process.terminate()
-        process.wait(30)
+        for each in (front, process):
+            each.terminate()
+            each.wait(30)
 
 
 def run(provider: str, count: int, seed: int, folder: Path) -> list[Found]:
     """All orchestrations of one provider, in `LANES` processes."""
-    with _server(folder, provider) as environ:
+    with _server(folder, provider, seed) as environ:
         campaign = Campaign(provider, folder, environ)
         campaign.ask(lambda runtime: runtime.deployment_id())
         lanes: list[int] = []
@@ -365,18 +391,25 @@ def main() -> int:
     parser.add_argument("--provider", choices=["local", "e2b", "both"], default="both")
     parser.add_argument("--keep", action="store_true", help="leave the folder for a look")
     arguments = parser.parse_args()
-    bad = False
+    pids: list[int] = []
     for provider in ("local", "e2b"):
-        if arguments.provider not in (provider, "both"):
-            continue
-        folder = Path(tempfile.mkdtemp(prefix=f"random-kills-{provider}-"))
-        began = time.monotonic()
-        found = run(provider, arguments.n, arguments.seed, folder)
-        bad |= _report(provider, arguments.seed, found, time.monotonic() - began)
-        if arguments.keep:
-            print(f"  kept: {folder}")  # noqa: T201
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+        if arguments.provider in (provider, "both"):
+            pid = os.fork()
+            if pid == 0:
+                os._exit(_campaign(provider, arguments))
+            pids.append(pid)
+    return int(any([os.waitpid(pid, 0)[1] for pid in pids]))
+
+
+def _campaign(provider: str, arguments: argparse.Namespace) -> int:
+    folder = Path(tempfile.mkdtemp(prefix=f"random-kills-{provider}-"))
+    began = time.monotonic()
+    found = run(provider, arguments.n, arguments.seed, folder)
+    bad = _report(provider, arguments.seed, found, time.monotonic() - began)
+    if arguments.keep:
+        print(f"  kept: {folder}", flush=True)  # noqa: T201
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
     return int(bad)
 
 
