@@ -50,6 +50,14 @@ class Webserver:
         msg = f"run {run_id} is {status}, not {wanted}; {self.failures(run_id)}"
         raise AssertionError(msg)
 
+    def events(self, run_id: str) -> Any:
+        """All events of a run, as the UI shows them."""
+        query = """query($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events {
+            __typename ... on MessageEvent { message level stepKey }
+            ... on ExecutionStepFailureEvent { error { message stack
+              causes { message stack } } } } } } }"""
+        return self.graphql(query, id=run_id)["logsForRun"]["events"]
+
     def failures(self, run_id: str) -> list[str]:
         query = """query($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events {
             ... on MessageEvent { message level }
