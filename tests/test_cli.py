@@ -373,7 +373,7 @@ def test_help_names_every_command_and_exit_code() -> None:
 
 
 def _wait_for_agents(home: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while _agents_started() < count and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(live_sandboxes(home)) == count
@@ -381,7 +381,7 @@ def _wait_for_agents(home: Path, count: int) -> None:
 
 def _wait_for_work(home: Path, count: int) -> None:
     """Until so many agents have written their file."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while len(list(home.glob("sandboxes/*/home/*/work"))) < count:
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -30,11 +30,12 @@ from tests.webserver import running_webserver
 
 CLAUDE = find_test_claude()
 AGENTS = 10
+WAIT = "while ! test -e ../go; do sleep 0.2; done"
 
 
 def slowed(ask: Ask) -> Reply:
-    """Two turns, whose answers take their time, and a tool that takes longer in between."""
-    tool = ToolCall("Bash", {"command": "echo run >> runs; sleep 20"})
+    """Two turns, whose answers take their time, and a tool in between that waits to be let go."""
+    tool = ToolCall("Bash", {"command": f"echo run >> runs; {WAIT}"})
     reply = say("working", tool) if ask.turn == 0 else say("done")
     return Reply(reply.text, reply.tools, reply.charge, Fault(delay_seconds=1))
 
@@ -69,6 +70,9 @@ async def test_ten_claude_agents_outlive_their_run_and_no_prompt_is_paid_for_twi
         second = await asyncio.create_subprocess_exec(
             *arguments, env=environ, stdout=subprocess.PIPE
         )
+        while (await asyncio.to_thread(cli, "events", "w")).stdout.count("fork-resumed") < AGENTS:
+            await asyncio.sleep(0.1)
+        let_go(home)
         out, _ = await second.communicate()
         rows = json.loads(out)["forks"]
         assert [row["outcome"] for row in rows] == ["success"] * AGENTS, rows
@@ -78,6 +82,12 @@ async def test_ten_claude_agents_outlive_their_run_and_no_prompt_is_paid_for_twi
         turns = Counter(entry.turn for entry in server.answers if entry.charge is not None)
         assert turns == {0: AGENTS, 1: AGENTS}, "every prompt was answered and charged once"
     assert wait_until_gone(home, 10) == []
+
+
+def let_go(home: Path) -> None:
+    """Let the agents that wait come to their end."""
+    for name in live_sandboxes(home):
+        (home / "sandboxes" / name / "home" / "go").touch()
 
 
 def _at_work() -> int:
@@ -93,7 +103,7 @@ def test_under_dagster_a_killed_worker_leads_to_a_new_run_that_finishes_the_orch
     tmp_path: Path, home: Path
 ) -> None:
     ensure_home(home)
-    agent = {"command": "sh -c 'echo run >> runs; sleep 20'"}
+    agent = {"command": f"sh -c 'echo run >> runs; {WAIT}'"}
     config = {**demo.CONFIG, "workflow_id": "w", "num_forks": 2, "agent": agent}
     config.pop("verify", None)
     with running_webserver(home, tmp_path) as server:
@@ -105,7 +115,9 @@ def test_under_dagster_a_killed_worker_leads_to_a_new_run_that_finishes_the_orch
         deadline = time.monotonic() + 200
         status = _status()
         while status["state"] != "complete" and time.monotonic() < deadline:
-            time.sleep(0.5)
+            if cli("events", "w").stdout.count("fork-resumed") == 2:
+                let_go(home)
+            time.sleep(0.2)
             status = _status()
         assert status["run_id"] != run_id, "Dagster's own retry took it up"
         server.wait_for_status(str(status["run_id"]), "SUCCESS", seconds=60)
