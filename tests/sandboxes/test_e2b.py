@@ -474,9 +474,13 @@ class TestInjection:
 async def test_discarded_snapshot_is_gone_and_may_be_discarded_again(
     server: E2BServer, provider: E2BProvider
 ) -> None:
-    base = await provider.snapshot(await provider.create(spec_of()))
+    sandbox = await provider.create(spec_of())
+    base = await provider.snapshot(sandbox)
+    assert await provider.snapshots_of(sandbox.sandbox_id) == [base]
+    assert await provider.snapshots_of("another") == []
     await provider.discard(base)
     await provider.discard(base)
+    assert await provider.snapshots_of(sandbox.sandbox_id) == []
     with pytest.raises(ProviderError) as caught:
         await provider.create(spec_of(base=base))
     assert caught.value.kind is ErrorKind.MISSING

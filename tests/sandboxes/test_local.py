@@ -328,10 +328,13 @@ class Shared:
             await provider.create(self.spec(lease_id="../x"))
 
     async def test_discarded_base_is_gone(self, provider: LocalProvider, root: Path) -> None:
-        base = await provider.snapshot(await provider.create(self.spec()))
+        sandbox = await provider.create(self.spec())
+        base = await provider.snapshot(sandbox)
         assert (root / "bases" / base / "home").is_dir()
+        assert await provider.snapshots_of(sandbox.sandbox_id) == [base]
         await provider.discard(base)
         await provider.discard(base)
+        assert await provider.snapshots_of(sandbox.sandbox_id) == []
         assert list((root / "bases").iterdir()) == []
 
     async def test_kill_does_not_wait_for_much_data_to_be_removed(
