@@ -151,7 +151,8 @@ async def test_connections_that_are_cut_while_the_agent_runs(
         Fault(path="/(files|filesystem|process).*", first=8, times=3, when=when, drop=True)  # pyright: ignore[reportArgumentType]
     )
     agent = {"command": "sh -c 'echo run >> runs; sleep 1; echo end'"}
-    done = await driven(server, home, fields(repo, agent=agent))
+    # All three may hit the same call of the same fork.
+    done = await driven(server, home, fields(repo, agent=agent, retry={"attempts": 4}))
     assert [row["outcome"] for row in done.rows] == ["success"] * 2
     assert [row["insertions"] for row in done.rows] == [1, 1]
     assert [row["agent_attempts"] for row in done.rows] == [1, 1]
