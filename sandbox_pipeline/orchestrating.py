@@ -39,7 +39,7 @@ from sandbox_pipeline.records import (
     metrics_key,
     orchestration_key,
 )
-from sandbox_pipeline.redaction import MIN_SECRET_LENGTH, SECRET_VARIABLES
+from sandbox_pipeline.redaction import MIN_SECRET_LENGTH, SECRET_VARIABLES, Redactor
 from sandbox_pipeline.runtime import Announce, Runtime, silent
 from sandbox_pipeline.salvaging import salvage
 from sandbox_pipeline.store import tables
@@ -83,7 +83,7 @@ def validate(runtime: Runtime, config: OrchestrationConfig) -> None:
 
 
 def refuse_secrets(config: OrchestrationConfig, environ: Mapping[str, str]) -> None:
-    """Refuse a configuration that holds the value of a secret: it would be stored as it is.
+    """Refuse a configuration that holds a secret, also encoded: it would be stored as it is.
 
     Raises:
         ConfigError: naming the variable, not the value.
@@ -91,7 +91,8 @@ def refuse_secrets(config: OrchestrationConfig, environ: Mapping[str, str]) -> N
     text = config.model_dump_json()
     for name in (*SECRET_VARIABLES, *config.agent.env_from):
         value = environ.get(name, "").strip()
-        if len(value) >= MIN_SECRET_LENGTH and json.dumps(value)[1:-1] in text:
+        plain = len(value) >= MIN_SECRET_LENGTH and json.dumps(value)[1:-1] in text
+        if plain or Redactor([value]).clean(text.encode())[1]:
             msg = (
                 f"configuration: holds the value of {name}, and would be stored and shown with it; "
                 "name the variable in agent.env_from instead"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -385,11 +387,17 @@ def _fork_metrics():  # noqa: ANN202
     return tables.fork_metrics
 
 
+@pytest.mark.parametrize("form", ["plain", "quoted", "base64", "url"])
 async def test_a_configuration_with_a_secret_in_it_is_refused_by_the_variables_name(
-    runtime: Runtime, config: Make
+    runtime: Runtime, config: Make, form: str
 ) -> None:
-    runtime.environ = {**runtime.environ, "GITHUB_TOKEN": "ghp_canary_1234"}
+    secret = 'ghp_"canary"+1234/' if form == "quoted" else "ghp_canary+1234/"
+    runtime.environ = {**runtime.environ, "GITHUB_TOKEN": secret}
+    written = {
+        "base64": base64.b64encode(f"x:{secret}".encode()).decode(),
+        "url": urllib.parse.quote(secret, safe=""),
+    }.get(form, secret)
     with pytest.raises(ConfigError, match="holds the value of GITHUB_TOKEN") as caught:
-        await begin(runtime, config(prompt="clone with ghp_canary_1234"), "w", "run-1")
-    assert "ghp_canary" not in str(caught.value)
+        await begin(runtime, config(prompt=f"clone with {written}"), "w", "run-1")
+    assert "canary" not in str(caught.value)
     assert await runtime.store.orchestrations() == []
