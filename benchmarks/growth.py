@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -103,7 +104,11 @@ def seconds_to_open(home: Path) -> float:
                 raise SystemExit(msg)
             return seconds
         finally:
-            ui.terminate()
+            ui.send_signal(signal.SIGINT)
+            try:
+                ui.wait(10)
+            except subprocess.TimeoutExpired:
+                ui.kill()
 
 
 def _ask(url: str, query: str, variables: dict[str, str]) -> dict[str, Any]:
