@@ -24,6 +24,7 @@ from pathlib import Path
 import psutil
 import sqlalchemy as sa
 
+from benchmarks.measuring import job_argv
 from tests.conftest import make_repo
 from tests.postgres import find_programs, running_postgres
 
@@ -92,11 +93,8 @@ def measure(forks: int) -> Footprint:
             environ["SANDBOX_PIPELINE_DB_URL"] = used.store
         repo = make_repo(Path(folder) / "repo")
         process = subprocess.Popen(
-            [sys.executable, "-m", "sandbox_pipeline", "run", "--repo", str(repo), "--prompt", "p",
-             "--forks", str(forks), "--max-concurrent", str(WIDTH), "--command", "true", "--json",
-             "--set", "rate_limit.starts=10000"],
-            env=environ, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+            job_argv(repo, forks, WIDTH), env=environ, stdout=subprocess.DEVNULL
+        )
         found = Footprint(forks)
         over = threading.Event()
         watcher = threading.Thread(target=_watch, args=(found, process.pid, used, over))

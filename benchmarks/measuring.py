@@ -112,6 +112,15 @@ class Figures:
         return self.wall_seconds * 1000 / self.forks
 
 
+def job_argv(repo: Path, forks: int, width: int, command: str = "true") -> list[str]:
+    """The command line of the whole job, without a rate limit that would be felt."""
+    return [
+        sys.executable, "-m", "sandbox_pipeline", "run", "--repo", str(repo),
+        "--prompt", "p", "--forks", str(forks), "--max-concurrent", str(width),
+        "--command", command, "--json", "--set", "rate_limit.starts=10000",
+    ]  # fmt: skip
+
+
 def run_job(
     forks: int,
     width: int,
@@ -137,11 +146,7 @@ def run_job(
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder, cpu_of_a_tree() as cpu:
         repo = make_repo(Path(folder) / "repo")
         answer = Path(folder) / "answer.json"
-        argv = [
-            sys.executable, "-m", "sandbox_pipeline", "run", "--repo", str(repo),
-            "--prompt", "p", "--forks", str(forks), "--max-concurrent", str(width),
-            "--command", command, "--json", "--set", "rate_limit.starts=10000", *options,
-        ]  # fmt: skip
+        argv = [*job_argv(repo, forks, width, command), *options]
         began = time.monotonic()
         with answer.open("wb") as output:
             process = cpu.start(

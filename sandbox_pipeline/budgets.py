@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sandbox_pipeline.records import Fork, Orchestration
 from sandbox_pipeline.store import Store
 from sandbox_pipeline.store.spending import Claim
@@ -15,34 +17,28 @@ def claim_of(
 ) -> Claim | None:
     """What a fork has to have reserved before it starts; None where nothing is limited."""
     config = orchestration.config
-    daily = _daily(orchestration, deployment_daily_usd)
-    if config.budget_usd is None and daily is None:
-        return None
-    return Claim(
+    claim = Claim(
         workflow_id=orchestration.workflow_id,
         fork_num=fork_num,
         num_forks=config.num_forks,
         wanted_usd=config.agent.max_budget_usd,
         budget_usd=config.budget_usd,
-        daily_budget_usd=daily,
+        daily_budget_usd=_daily(orchestration, deployment_daily_usd),
     )
+    return None if claim.budget_usd is None and claim.daily_budget_usd is None else claim
 
 
 def judge_claim_of(
     orchestration: Orchestration, deployment_daily_usd: float | None
 ) -> Claim | None:
     """What the judge has to have reserved before it starts; None where nothing is limited."""
-    config = orchestration.config
-    daily = _daily(orchestration, deployment_daily_usd)
-    if config.budget_usd is None and daily is None:
+    claim = claim_of(orchestration, JUDGE, deployment_daily_usd)
+    if claim is None:
         return None
-    return Claim(
-        workflow_id=orchestration.workflow_id,
-        fork_num=JUDGE,
+    return replace(
+        claim,
         num_forks=0,  # it comes after them: what is left is shared with none
-        wanted_usd=config.judge.max_budget_usd,
-        budget_usd=config.budget_usd,
-        daily_budget_usd=daily,
+        wanted_usd=orchestration.config.judge.max_budget_usd,
         limited_by="judge.max_budget_usd",
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine
@@ -48,6 +49,19 @@ class Created:
     lease: Lease
     sandbox: Sandbox
     base: str | None
+
+
+def numbered_here(what: str) -> tuple[BeforeAttempt, AfterFailure]:
+    """For a sandbox that is no fork's own: attempts are numbered in this process, and logged."""
+    tries = itertools.count(1)
+
+    async def before_attempt() -> int:
+        return next(tries)
+
+    async def after_failure(attempt: int, error: ProviderError) -> None:
+        logger.warning("%s, attempt %d: %s", what, attempt, error)
+
+    return before_attempt, after_failure
 
 
 def new_lease(

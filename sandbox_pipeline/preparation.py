@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from pathlib import Path
 from typing import cast
@@ -91,14 +90,7 @@ async def prepare(runtime: Runtime, orchestration: Orchestration, run_id: str) -
     if admitted is None:
         msg = "forks of an earlier run still hold all slots"
         raise ProviderError(ErrorKind.UNAVAILABLE, msg)
-    tries = itertools.count(1)
-
-    async def before_attempt() -> int:
-        return next(tries)
-
-    async def after_failure(attempt: int, error: ProviderError) -> None:
-        logger.warning("base sandbox, attempt %d: %s", attempt, error)
-
+    before_attempt, after_failure = leasing.numbered_here("base sandbox")
     created = await leasing.create(
         runtime,
         orchestration,

@@ -59,6 +59,9 @@ class Control(StrEnum):
     CANCEL = "cancel"
 
 
+MAPPING_PREFIX = "fork_"
+
+
 class Value(BaseModel):
     """Base of the parts of records."""
 
@@ -296,7 +299,7 @@ class Fork(Record):
     @property
     def mapping_key(self) -> str:
         """The fork's name in the Dagster run and in the artifacts folder."""
-        return f"fork_{self.fork_num:03d}"
+        return mapping_key(self.fork_num)
 
 
 class Owner(Value):
@@ -453,6 +456,16 @@ class ForkRef(Value):
 def orchestration_key(workflow_id: str) -> str:
     """State key of an orchestration."""
     return f"orchestration:{workflow_id}"
+
+
+def mapping_key(fork_num: int) -> str:
+    """A fork's name in the Dagster run and in the artifacts folder, such as `fork_003`."""
+    return f"{MAPPING_PREFIX}{fork_num:03d}"
+
+
+def fork_num_of(name: str) -> int:
+    """The fork that `mapping_key` names."""
+    return int(name.removeprefix(MAPPING_PREFIX))
 
 
 def fork_key(workflow_id: str, fork_num: int) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import logging
 import re
 import time
 from collections.abc import AsyncGenerator
@@ -45,8 +43,6 @@ from sandbox_pipeline.sandboxes.base import (
 )
 from sandbox_pipeline.sandboxes.steady import SteadySandbox
 from sandbox_pipeline.workspace.checkout import GIT_ENV, tail
-
-logger = logging.getLogger(__name__)
 
 LOG_FILE = "verification.log"
 MAX_LOG_BYTES = 1_000_000
@@ -328,14 +324,7 @@ async def fresh_sandbox(
 ) -> AsyncGenerator[Sandbox]:
     """A sandbox at the base commit, after `setup_command`, which ends with the block."""
     config = orchestration.config
-    tries = itertools.count(1)
-
-    async def before_attempt() -> int:
-        return next(tries)
-
-    async def after_failure(attempt: int, error: ProviderError) -> None:
-        logger.warning("fresh sandbox of %s, attempt %d: %s", lease.key, attempt, error)
-
+    before_attempt, after_failure = leasing.numbered_here(f"fresh sandbox of {lease.key}")
     created = await leasing.create(
         runtime,
         orchestration,

@@ -13,7 +13,6 @@ from sandbox_pipeline.defs.decision import checks_of, decision_assets
 from sandbox_pipeline.defs.executors import executor_named, lost_step_policy
 from sandbox_pipeline.defs.launchpad import launchpad_schema
 from sandbox_pipeline.defs.ops import (
-    RUNTIME,
     check_completion,
     cleanup_sandbox,
     create_sandbox,
@@ -23,8 +22,8 @@ from sandbox_pipeline.defs.ops import (
     run_agent,
     verify_patch,
 )
-from sandbox_pipeline.defs.presentation import summary_metadata
-from sandbox_pipeline.defs.resources import pipeline_runtime
+from sandbox_pipeline.defs.presentation import GROUP, summary_metadata
+from sandbox_pipeline.defs.resources import RUNTIME, pipeline_runtime
 from sandbox_pipeline.defs.trends import trends_asset
 from sandbox_pipeline.errors import ConfigError
 from sandbox_pipeline.metrics import frame
@@ -33,7 +32,6 @@ from sandbox_pipeline.settings import ExecutorName
 from sandbox_pipeline.store import tables
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,62}")
-GROUP = "sandbox_pipeline"
 
 # A crashed worker's run is started anew as a whole: the ops skip what the store has, while
 # Dagster's re-execution from failure would drop forks (dagster-io/dagster#20925).

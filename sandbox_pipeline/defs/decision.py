@@ -12,7 +12,8 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 from sandbox_pipeline.charts import cost_svg, data_url, timeline_svg
 from sandbox_pipeline.config import OrchestrationConfig
 from sandbox_pipeline.defs.interrupts import interruptible
-from sandbox_pipeline.defs.presentation import Metadata
+from sandbox_pipeline.defs.presentation import GROUP, Metadata
+from sandbox_pipeline.defs.resources import RUNTIME
 from sandbox_pipeline.errors import PipelineError
 from sandbox_pipeline.metrics import frame, judge_cost_usd
 from sandbox_pipeline.publishing import publish
@@ -24,8 +25,6 @@ from sandbox_pipeline.runtime import Runtime
 from sandbox_pipeline.store import tables
 from sandbox_pipeline.tournament import decided
 
-GROUP = "sandbox_pipeline"
-RUNTIME = "pipeline_runtime"
 MAX_DIFF_CHARS = 50_000
 MAX_RANKED_ROWS = 200
 CHECKS = {

@@ -17,12 +17,20 @@ from sandbox_pipeline.defs.executors import check_place
 from sandbox_pipeline.defs.interrupts import interruptible
 from sandbox_pipeline.defs.presentation import asked_tags, fork_metrics_metadata, outcome_tags
 from sandbox_pipeline.defs.reconciling import report_dead
+from sandbox_pipeline.defs.resources import RUNTIME
 from sandbox_pipeline.errors import PipelineError
 from sandbox_pipeline.lifecycle import ForkLife
 from sandbox_pipeline.metrics import frame
 from sandbox_pipeline.plugins import resolve_provider
 from sandbox_pipeline.reaper import reap
-from sandbox_pipeline.records import Event, ForkRef, Orchestration, orchestration_key
+from sandbox_pipeline.records import (
+    Event,
+    ForkRef,
+    Orchestration,
+    fork_num_of,
+    mapping_key,
+    orchestration_key,
+)
 from sandbox_pipeline.redaction import Redactor
 from sandbox_pipeline.report import write_report
 from sandbox_pipeline.runtime import Announce, Runtime
@@ -30,10 +38,8 @@ from sandbox_pipeline.store import tables
 
 T = TypeVar("T")
 
-RUNTIME = "pipeline_runtime"
 ERROR_TYPE = "error_type"
 WORKFLOW_TAG = "sandbox_pipeline/workflow_id"
-MAPPING_PREFIX = "fork_"
 
 # Dependencies carry only the order. Values would cost three events and two files for each step,
 # half of what Dagster needs for it, and a storage that all processes share; the store has them.
@@ -60,7 +66,7 @@ async def orchestrate(context: dg.OpExecutionContext) -> AsyncIterator[dg.Dynami
     context.instance.add_run_tags(run.run_id, {WORKFLOW_TAG: workflow_id, **asked_tags(config)})
     refs = await _adapted(_begin(context, config, workflow_id))
     for ref in refs:
-        yield dg.DynamicOutput(None, mapping_key=f"{MAPPING_PREFIX}{ref.fork_num:03d}")
+        yield dg.DynamicOutput(None, mapping_key=mapping_key(ref.fork_num))
 
 
 @dg.op(ins=_AFTER, required_resource_keys={RUNTIME}, tags=_priority(1))
@@ -137,8 +143,8 @@ def _runtime(context: dg.OpExecutionContext) -> Runtime:
 
 
 def _life(context: dg.OpExecutionContext) -> ForkLife:
-    number = (context.get_mapping_key() or "").removeprefix(MAPPING_PREFIX)
-    fork = ForkRef(workflow_id=_workflow_id(context), fork_num=int(number))
+    number = fork_num_of(context.get_mapping_key() or "")
+    fork = ForkRef(workflow_id=_workflow_id(context), fork_num=number)
     return ForkLife(_runtime(context), fork, context.run_id, _announce(context))
 
 

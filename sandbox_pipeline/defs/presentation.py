@@ -12,6 +12,8 @@ from sandbox_pipeline.metrics import Row
 from sandbox_pipeline.orchestrating import Completed
 
 Metadata = dict[str, dg.MetadataValue]
+GROUP = "sandbox_pipeline"
+"""Of the assets, in Dagster's catalog."""
 
 _COLUMNS = (
     "fork_num",
@@ -103,11 +105,15 @@ def summary_metadata(summary: Row) -> Metadata:
 def _record(row: Row) -> dg.TableRecord:
     values: dict[str, str | int | float | bool] = {}
     for name in _COLUMNS:
-        value = row[name]
-        if value is None:
-            values[name] = ""
-        elif isinstance(value, float):
-            values[name] = round(value, 4)
-        else:
-            values[name] = value if isinstance(value, int) else str(value)[:MAX_MESSAGE_CHARS]
+        value = cell(row[name])
+        values[name] = value[:MAX_MESSAGE_CHARS] if isinstance(value, str) else value
     return dg.TableRecord(values)
+
+
+def cell(value: object) -> str | int | float | bool:
+    """A value as a table of metadata may have it; empty where it is unknown."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return round(value, 4)
+    return value if isinstance(value, int) else str(value)

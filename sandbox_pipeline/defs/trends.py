@@ -9,15 +9,14 @@ import dagster as dg
 import pandas as pd
 
 from sandbox_pipeline.comparison import Compared, compared, repo_name
-from sandbox_pipeline.defs.presentation import Metadata
+from sandbox_pipeline.defs.presentation import GROUP, Metadata, cell
+from sandbox_pipeline.defs.resources import RUNTIME
 from sandbox_pipeline.metrics import frame
 from sandbox_pipeline.records import Fork, Orchestration, orchestration_key
 from sandbox_pipeline.results import history
 from sandbox_pipeline.runtime import Runtime
 from sandbox_pipeline.store import tables
 
-RUNTIME = "pipeline_runtime"
-GROUP = "sandbox_pipeline"
 MAX_TABLE_ROWS = 100
 
 
@@ -60,7 +59,10 @@ def trends_asset(prefix: list[str]) -> dg.AssetsDefinition:
             metadata={
                 **trend_metadata(mine, forks),
                 "history": dg.MetadataValue.table(
-                    [dg.TableRecord(_shown(row)) for row in rows[:MAX_TABLE_ROWS]]
+                    [
+                        dg.TableRecord({name: cell(value) for name, value in row.items()})
+                        for row in rows[:MAX_TABLE_ROWS]
+                    ]
                 ),
             },
         )
@@ -97,13 +99,3 @@ def trend_metadata(orchestration: Orchestration, forks: list[Fork]) -> Metadata:
         for name, value in figures.items()
         if value is not None
     }
-
-
-def _shown(row: dict[str, object]) -> dict[str, str | int | float | bool]:
-    values: dict[str, str | int | float | bool] = {}
-    for name, value in row.items():
-        if isinstance(value, float):
-            values[name] = round(value, 4)
-        else:
-            values[name] = value if isinstance(value, str | int) else ""
-    return values
