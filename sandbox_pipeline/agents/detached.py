@@ -7,6 +7,7 @@ restarted orchestrator and a three-hour agent are then the same case: look at th
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -18,8 +19,18 @@ from sandbox_pipeline.sandboxes.base import HOME, STATE_DIR, WORKSPACE, Command,
 STREAMS = ("stdout", "stderr")
 KILL_AFTER_SECONDS = 5
 CHUNK_BYTES = 1_000_000
-LIVENESS_CHECK_SECONDS = 10.0
+MAX_RECORD_BYTES = 1000
 OVERDUE_SECONDS = 30.0
+WAIT_SECONDS = 20.0
+"""Longest wait inside the sandbox until it is heard of again."""
+SHORTEST_PAUSE_SECONDS = 0.2
+LONGEST_PAUSE_SECONDS = 2.0
+PAUSE_SHARE = 0.03
+"""Between two looks at the output, of the time that the job has run."""
+UNSTARTED_PAUSE_SECONDS = 0.02
+START_SECONDS = 10.0
+KILLED = 3
+"""Exit code of the wait: the job's runner is no more, and has not recorded an end."""
 
 OnOutput = Callable[[str, bytes], Awaitable[None]]
 
@@ -63,26 +74,30 @@ class Finished:
     was_idle: bool = False
 
 
-# mkdir is atomic: a second start of the same job finds `started` and does nothing. head stops at
-# the cap, and without stdbuf would hold back what it has read; wc then drains and counts the rest,
-# so that the command never blocks on a full pipe. Children that outlive the command may hold the
-# pipes open, so the wait for the copies is bounded.
-_SCRIPT = """\
+# Descriptor 9 is a lock that is held for as long as this shell lives, however it ends: who waits
+# for the job waits for the lock. Nothing else may inherit it. `started` is made once, and only by
+# the lock's holder: a second start of the same job finds one of the two and does nothing. head
+# stops at the cap, and without stdbuf would hold back what it has read; wc then drains and counts
+# the rest, so that the command never blocks on a full pipe. Children that outlive the command may
+# hold the pipes open, so the wait for the copies is bounded.
+_RUNNER = """\
 home=$1
 cd {folder} || exit 1
+exec 9> lock
+flock -n 9 || exit 0
 mkdir started 2>/dev/null || exit 0
 echo $$ > pid
 mkfifo out.pipe err.pipe
-(stdbuf -o0 head -c {cap} > stdout; wc -c > stdout.dropped) < out.pipe &
+(stdbuf -o0 head -c {cap} > stdout; wc -c > stdout.dropped) < out.pipe 9>&- &
 out=$!
-(stdbuf -o0 head -c {cap} > stderr; wc -c > stderr.dropped) < err.pipe &
+(stdbuf -o0 head -c {cap} > stderr; wc -c > stderr.dropped) < err.pipe 9>&- &
 err=$!
 read -r began rest < /proc/uptime
 (cd {cwd} && exec timeout --signal=INT --kill-after={kill_after} {seconds} {argv}) \\
-  < {stdin} > out.pipe 2> err.pipe
+  < {stdin} > out.pipe 2> err.pipe 9>&-
 code=$?
 read -r ended rest < /proc/uptime
-(sleep 2; kill $out $err) 2>/dev/null &
+(sleep 2; kill $out $err) 2>/dev/null 9>&- &
 watchdog=$!
 wait $out $err
 kill $watchdog 2>/dev/null
@@ -91,6 +106,38 @@ read -r lost < stdout.dropped
 read -r more < stderr.dropped
 echo "$code $began $ended $((lost + more))" > exit.tmp
 mv exit.tmp exit
+"""
+
+
+# Its standard input becomes the job's runner, in a file of its own name: a shell reads its script
+# bit by bit, and must not find another one's.
+_START = """\
+mkdir -p "$1" && cd "$1" || exit 1
+if ! [ -e started ]; then
+  cat > run.$$
+  setsid nohup sh "$1/run.$$" "$5" < /dev/null > /dev/null 2>&1 &
+fi
+"""
+
+# Answers once the sizes of the streams are others than what is known, or the job ended: with the
+# sizes and the record of the end. The lock is free at the very moment of the end.
+_WAIT = f"""\
+cd "$1" || exit 1
+known=$2 pause=$3 turns=$4
+while :; do
+  if ! [ -e started ]; then
+    sleep {UNSTARTED_PAUSE_SECONDS}
+  elif flock --shared --timeout "$pause" lock true && ! [ -e exit ]; then
+    exit {KILLED}
+  fi
+  ended=
+  [ -e exit ] && read -r ended < exit
+  sizes=$(stat -c %s stdout stderr 2> /dev/null)
+  turns=$((turns - 1))
+  [ -n "$ended" ] || [ "${{sizes:-$known}}" != "$known" ] || [ "$turns" -lt 1 ] && break
+done
+echo $sizes
+echo "$ended"
 """
 
 
@@ -133,8 +180,6 @@ async def run_detached(sandbox: Sandbox, name: str, job: Job, on_output: OnOutpu
         AgentError: the job's own runner was killed from within.
         ProviderError: the sandbox failed.
     """
-    folder = folder_of(name)
-    await _start(sandbox, folder, job)
     silence = _Silence(job.idle_timeout_seconds)
 
     async def hear(stream: str, chunk: bytes) -> None:
@@ -145,7 +190,8 @@ async def run_detached(sandbox: Sandbox, name: str, job: Job, on_output: OnOutpu
         if silence.is_too_long():
             await interrupt(sandbox, name)
 
-    finished = await _follow(sandbox, folder, job, hear, stop_if_idle)
+    following = _Following(sandbox, folder_of(name), job, hear)
+    finished = await following.to_the_end(silence, stop_if_idle)
     return replace(finished, timed_out=True, was_idle=True) if silence.stopped else finished
 
 
@@ -185,15 +231,105 @@ class _Silence:
     def ended(self) -> None:
         self._since = time.monotonic()
 
-    def is_too_long(self) -> bool:
+    def left_seconds(self) -> float:
+        """Until it is too long."""
         if self._limit_seconds is None or self.stopped:
+            return math.inf
+        return self._since + self._limit_seconds - time.monotonic()
+
+    def is_too_long(self) -> bool:
+        if self.stopped:
             return False
-        self.stopped = time.monotonic() - self._since > self._limit_seconds
+        self.stopped = self.left_seconds() < 0
         return self.stopped
 
 
-async def _start(sandbox: Sandbox, folder: str, job: Job) -> None:
-    script = _SCRIPT.format(
+class _Following:
+    """A job on its way: started unless it was, and read as it grows."""
+
+    def __init__(self, sandbox: Sandbox, folder: str, job: Job, on_output: OnOutput) -> None:
+        self._sandbox = sandbox
+        self._folder = folder
+        self._job = job
+        self._on_output = on_output
+        self._offsets: dict[str, int] = dict.fromkeys(STREAMS, 0)
+        self._began = time.monotonic()
+
+    async def to_the_end(
+        self, silence: _Silence, between: Callable[[], Awaitable[None]]
+    ) -> Finished:
+        longest = self._job.timeout_seconds + KILL_AFTER_SECONDS + OVERDUE_SECONDS
+        started = False
+        while True:
+            seconds = min(WAIT_SECONDS, silence.left_seconds())
+            sizes, ended = await self._look(seconds, start=not started)
+            for stream, size in sizes.items():
+                await self._read_on(stream, size)
+            if ended:
+                return _finished(ended, self._job)
+            started = started or bool(sizes)
+            passed = time.monotonic() - self._began
+            if not started and passed > START_SECONDS:
+                msg = "the sandbox did not start the agent; it needs coreutils and util-linux"
+                raise AgentError(FailureClass.AGENT_FAILED, msg)
+            if passed > longest:
+                return Finished(137, timed_out=True, seconds=passed, dropped_bytes=0)
+            await between()
+
+    async def _look(self, seconds: float, *, start: bool) -> tuple[dict[str, int], str]:
+        """Sizes of the streams, none before the start, and what was recorded of the end.
+
+        It is safe to repeat: a job that was started is not started again.
+        """
+        passed = time.monotonic() - self._began
+        pause = min(LONGEST_PAUSE_SECONDS, max(SHORTEST_PAUSE_SECONDS, PAUSE_SHARE * passed))
+        known = "\n".join(str(self._offsets[stream]) for stream in STREAMS)
+        turns = max(1, math.ceil(seconds / pause))
+        arguments = [self._folder, known, f"{pause:.3f}", str(turns), HOME]
+        answer = await self._sandbox.run(
+            Command(
+                ["sh", "-c", (_START + _WAIT) if start else _WAIT, "sh", *arguments],
+                # Secrets go by the environment and not in the script: files are forgotten.
+                env=self._job.env if start else {},
+                stdin=_runner(self._folder, self._job) if start else b"",
+                timeout_seconds=turns * pause + OVERDUE_SECONDS,
+                max_output_bytes=MAX_RECORD_BYTES,
+                repeatable=True,
+            )
+        )
+        if answer.exit_code == KILLED:
+            msg = "the process that records the agent's exit code was killed inside the sandbox"
+            raise AgentError(FailureClass.AGENT_FAILED, msg)
+        if answer.exit_code == 1:
+            msg = "the folder with the agent's output is gone from the sandbox"
+            raise AgentError(FailureClass.AGENT_FAILED, msg)
+        if answer.exit_code != 0:
+            await asyncio.sleep(pause)  # the agent may have killed it; the next look says more
+            return {}, ""
+        sizes, _, rest = answer.stdout.decode("utf-8", "replace").partition("\n")
+        words = sizes.split()
+        if len(words) != len(STREAMS) or not all(map(str.isdecimal, words)):
+            return {}, rest.strip()
+        return dict(zip(STREAMS, map(int, words), strict=True)), rest.strip()
+
+    async def _read_on(self, stream: str, size: int) -> None:
+        path = f"{self._folder}/{stream}"
+        while self._offsets[stream] < size:
+            try:
+                chunk = await self._sandbox.read(
+                    path, offset=self._offsets[stream], max_bytes=CHUNK_BYTES
+                )
+            except FileNotFoundError:
+                return
+            if not chunk:
+                return
+            self._offsets[stream] += len(chunk)
+            await self._on_output(stream, chunk)
+
+
+def _runner(folder: str, job: Job) -> bytes:
+    """The script that runs the job and records its end."""
+    script = _RUNNER.format(
         folder=_quoted(folder),
         cap=job.max_output_bytes,
         cwd=_quoted(job.cwd),
@@ -202,65 +338,10 @@ async def _start(sandbox: Sandbox, folder: str, job: Job) -> None:
         argv=" ".join(map(_quoted, job.argv)),
         stdin=_quoted(job.stdin_path),
     )
-    path = f"{folder}/run.sh"
-    await sandbox.write(path, script.encode("utf-8", "surrogateescape"))
-    launch = f"setsid nohup sh {path} {HOME} < /dev/null > /dev/null 2>&1 &"
-    # By the environment and not in the script: it may hold secrets, and files are forgotten.
-    await sandbox.run(Command(["sh", "-c", launch], env=job.env))
+    return script.encode("utf-8", "surrogateescape")
 
 
-async def _follow(
-    sandbox: Sandbox,
-    folder: str,
-    job: Job,
-    on_output: OnOutput,
-    between: Callable[[], Awaitable[None]],
-) -> Finished:
-    offsets = dict.fromkeys(STREAMS, 0)
-    loop = asyncio.get_running_loop()
-    began = checked = loop.time()
-    while True:
-        ended = await _read(sandbox, f"{folder}/exit", 0, 200)
-        grew = False
-        for stream in STREAMS:
-            path = f"{folder}/{stream}"
-            while chunk := await _read(sandbox, path, offsets[stream], CHUNK_BYTES):
-                offsets[stream] += len(chunk)
-                grew = True
-                await on_output(stream, chunk)
-                if len(chunk) < CHUNK_BYTES:
-                    break
-        if ended:
-            if grew:
-                continue
-            return _finished(ended, job)
-        now = loop.time()
-        if now - checked > LIVENESS_CHECK_SECONDS:
-            checked = now
-            await _check_alive(sandbox, folder)
-        if now - began > job.timeout_seconds + KILL_AFTER_SECONDS + OVERDUE_SECONDS:
-            return Finished(137, timed_out=True, seconds=now - began, dropped_bytes=0)
-        await between()
-        # The pause bounds what a finished agent's sandbox idles, paid for, to 2% of its work.
-        await asyncio.sleep(min(1.0, max(0.02, 0.02 * (now - began))))
-
-
-async def _read(sandbox: Sandbox, path: str, offset: int, max_bytes: int) -> bytes:
-    try:
-        return await sandbox.read(path, offset=offset, max_bytes=max_bytes)
-    except FileNotFoundError:
-        return b""
-
-
-async def _check_alive(sandbox: Sandbox, folder: str) -> None:
-    script = "test -e exit || kill -0 $(cat pid)"
-    result = await sandbox.run(Command(["sh", "-c", script], cwd=folder))
-    if result.exit_code != 0:
-        msg = "the process that records the agent's exit code was killed inside the sandbox"
-        raise AgentError(FailureClass.AGENT_FAILED, msg)
-
-
-def _finished(ended: bytes, job: Job) -> Finished:
+def _finished(ended: str, job: Job) -> Finished:
     try:
         code, began, end, dropped = ended.split()
         seconds = float(end) - float(began)

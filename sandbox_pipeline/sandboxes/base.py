@@ -90,6 +90,7 @@ class Command:
         stdin: given to the command; empty: nothing to read.
         timeout_seconds: afterwards the command and all it started in its session are killed.
         max_output_bytes: of each stream; what comes after is dropped.
+        repeatable: may be run again where it is not known whether it ran.
     """
 
     argv: Sequence[str]
@@ -98,6 +99,7 @@ class Command:
     stdin: bytes = b""
     timeout_seconds: float = 60.0
     max_output_bytes: int = 1_000_000
+    repeatable: bool = False
 
 
 @dataclass(frozen=True)

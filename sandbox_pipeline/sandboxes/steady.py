@@ -19,7 +19,8 @@ class SteadySandbox:
     """Wraps a sandbox; an agent must not fail because one read of its output did.
 
     Reads, writes and extensions are repeated with `MORE_ATTEMPTS` times the configured
-    attempts. A command is repeated only where the provider says that it was never started.
+    attempts. So is a command that is `repeatable`; another one only where the provider says that
+    it was never started.
     """
 
     def __init__(self, sandbox: Sandbox, retry: RetryConfig) -> None:
@@ -33,6 +34,8 @@ class SteadySandbox:
 
     async def run(self, command: Command) -> CommandResult:
         """See `Sandbox.run`."""
+        if command.repeatable:
+            return await self._patiently(lambda: self._sandbox.run(command))
 
         def never_started(error: ProviderError) -> bool:
             return error.kind in (ErrorKind.UNAVAILABLE, ErrorKind.RATE_LIMITED)
