@@ -35,6 +35,7 @@ class ForkSandboxes:
         ended: list[Lease] = []
         for lease in await self._store.leases(self._ref.workflow_id):
             if lease.fork_num == self._ref.fork_num:
+                self._runtime.connected.pop(lease.sandbox_id or "", None)
                 retry = orchestration.config.retry
                 ended.append(
                     await leasing.end(self._runtime, lease, retry, note=note, fence=self._fence)
@@ -72,8 +73,15 @@ class ForkSandboxes:
         lease = await self._store.need(Lease, sandbox_key(fork.sandbox_id or ""))
         return lease.lease_id
 
-    async def connect(self, fork: Fork, orchestration: Orchestration) -> Sandbox:
-        """The fork's sandbox.
+    async def connect(
+        self, fork: Fork, orchestration: Orchestration, *, anew: bool = False
+    ) -> Sandbox:
+        """The fork's sandbox, by the connection of an earlier stage where there is one.
+
+        Args:
+            fork: whose.
+            orchestration: of it.
+            anew: ask the provider in any case, which then says whether it still lives.
 
         Raises:
             ProviderError: `GONE` when it is no more.
@@ -84,5 +92,12 @@ class ForkSandboxes:
         provider = self._runtime.provider(orchestration.provider)
         retry = orchestration.config.retry
         sandbox_id = fork.sandbox_id
-        sandbox = await patiently(retry, lambda: provider.connect(sandbox_id))
-        return SteadySandbox(sandbox, retry)
+        sandbox = None if anew else self._runtime.connected.get(sandbox_id)
+        if sandbox is None:
+            sandbox = await patiently(retry, lambda: provider.connect(sandbox_id))
+        return self.keep(sandbox, orchestration)
+
+    def keep(self, sandbox: Sandbox, orchestration: Orchestration) -> Sandbox:
+        """Hand a connection on to the stages that come; what they use it by."""
+        self._runtime.connected[sandbox.sandbox_id] = sandbox
+        return SteadySandbox(sandbox, orchestration.config.retry)

@@ -48,7 +48,6 @@ from sandbox_pipeline.records import (
 )
 from sandbox_pipeline.runtime import Announce, Runtime
 from sandbox_pipeline.sandboxes.base import WORKSPACE, Command, Resources
-from sandbox_pipeline.sandboxes.steady import SteadySandbox
 from sandbox_pipeline.workspace.checkout import tail
 
 logger = logging.getLogger(__name__)
@@ -276,7 +275,7 @@ class ForkLife:
         if fork.stage in (Stage.HEALTH, Stage.AGENT) and fork.sandbox_id is not None:
             try:
                 await self._sandboxes.check_lease(fork.sandbox_id)
-                await self._sandboxes.connect(fork, orchestration)
+                await self._sandboxes.connect(fork, orchestration, anew=True)
             except ProviderError as error:
                 if error.kind is not ErrorKind.GONE:
                     raise
@@ -366,8 +365,8 @@ class ForkLife:
         await self._journal.change(
             lambda it: it.evolve(sandbox_id=sandbox_id, sandbox_state=SandboxState.LIVE)
         )
+        sandbox = self._sandboxes.keep(created.sandbox, orchestration)
         if created.base is None:
-            sandbox = SteadySandbox(created.sandbox, orchestration.config.retry)
             await preparation.put(sandbox, orchestration, self._ref.fork_num)
         seconds = time.monotonic() - began
 

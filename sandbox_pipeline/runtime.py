@@ -12,7 +12,7 @@ from sandbox_pipeline.agents.base import Agent
 from sandbox_pipeline.orders import Orders
 from sandbox_pipeline.records import Event, ForkRef, Orchestration
 from sandbox_pipeline.redaction import Redactor
-from sandbox_pipeline.sandboxes.base import ProviderHost, SandboxProvider
+from sandbox_pipeline.sandboxes.base import ProviderHost, Sandbox, SandboxProvider
 from sandbox_pipeline.settings import Settings
 from sandbox_pipeline.store import Store
 
@@ -38,6 +38,7 @@ class Runtime:
 
     Attributes:
         workflow_id: what the run is of that this was opened for, once that is known.
+        connected: by sandbox id, those whose connection the stages of a fork hand on.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Runtime:
         self.workflow_id: str | None = None
         self.slots = Slots()
         self.orders = Orders(store)
+        self.connected: dict[str, Sandbox] = {}
         self._providers = dict(providers or {})
         self._agents = dict(agents or {})
         self._deployment_id: str | None = None
