@@ -87,15 +87,19 @@ def new_lease(
 
 
 async def wait_for_permit(runtime: Runtime, orchestration: Orchestration) -> int:
-    """Wait until the rate limit lets one more sandbox be created; the permit."""
+    """Wait until the rate limit lets one more sandbox be created; the permit.
+
+    Of all that wait in this process only the first asks the store.
+    """
     limit = orchestration.config.rate_limit
-    while True:
-        answer = await runtime.store.take_permit(
-            orchestration.provider, limit.starts, limit.window_ms
-        )
-        if isinstance(answer, int):
-            return answer
-        await asyncio.sleep(answer)
+    async with runtime.permits:
+        while True:
+            answer = await runtime.store.take_permit(
+                orchestration.provider, limit.starts, limit.window_ms
+            )
+            if isinstance(answer, int):
+                return answer
+            await asyncio.sleep(answer)
 
 
 async def create(

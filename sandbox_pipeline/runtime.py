@@ -38,6 +38,7 @@ class Runtime:
 
     Attributes:
         workflow_id: what the run is of that this was opened for, once that is known.
+        permits: held by who is first in line for the rate limit.
         connected: by sandbox id, those whose connection the stages of a fork hand on.
     """
 
@@ -55,6 +56,7 @@ class Runtime:
         self.environ = environ
         self.workflow_id: str | None = None
         self.slots = Slots()
+        self.permits = asyncio.Lock()
         self.orders = Orders(store)
         self.connected: dict[str, Sandbox] = {}
         self._providers = dict(providers or {})

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
-import pandas as pd
 
 from sandbox_pipeline.config import OrchestrationConfig, parse_config
 from sandbox_pipeline.defs.decision import checks_of, decision_assets
 from sandbox_pipeline.defs.executors import executor_named, lost_step_policy
+from sandbox_pipeline.defs.frames import FRAME, Frame
 from sandbox_pipeline.defs.launchpad import launchpad_schema
 from sandbox_pipeline.defs.ops import (
     check_completion,
@@ -120,7 +120,7 @@ def _assets(
         description="One row a fork: how it ended, what it cost, how long each stage took, and "
         "where its patch and transcript are.",
     )
-    def fork_metrics() -> pd.DataFrame:
+    def fork_metrics() -> Frame:
         def one_fork(fork: Any) -> Any:
             measured = record_metrics(run_agent(health_check(create_sandbox(fork))))
             return verify_patch(cleanup_sandbox(measured))
@@ -131,15 +131,16 @@ def _assets(
         name="orchestration_summary",
         key_prefix=prefix or None,
         group_name=GROUP,
-        ins={"fork_metrics": dg.AssetIn(key=[*prefix, "fork_metrics"])},
+        ins={"fork_metrics": dg.AssetIn(key=[*prefix, "fork_metrics"], dagster_type=FRAME)},
         required_resource_keys={RUNTIME},
         kinds={"python", "pandas"},
+        dagster_type=FRAME,
         description="One row an orchestration: counts, success rate, cost, durations, and how "
         "long sandboxes were paid for while no agent ran.",
     )
     async def orchestration_summary(
-        context: dg.AssetExecutionContext, fork_metrics: pd.DataFrame
-    ) -> dg.Output[pd.DataFrame]:
+        context: dg.AssetExecutionContext, fork_metrics: Frame
+    ) -> dg.Output[Frame]:
         workflow_id = str(fork_metrics["workflow_id"].iloc[0])
         runtime = getattr(context.resources, RUNTIME)
         rows = await runtime.store.rows(tables.orchestration_summary, workflow_id)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import pandas as pd
 from dagster._core.errors import DagsterExecutionInterruptedError
 
 from sandbox_pipeline.charts import cost_svg, data_url, timeline_svg
 from sandbox_pipeline.config import OrchestrationConfig
+from sandbox_pipeline.defs.frames import FRAME, Frame
 from sandbox_pipeline.defs.interrupts import interruptible
 from sandbox_pipeline.defs.presentation import GROUP, Metadata
 from sandbox_pipeline.defs.resources import RUNTIME
@@ -45,14 +45,13 @@ def decision_assets(prefix: list[str]) -> tuple[dg.AssetsDefinition, dg.AssetsDe
         name="ranking",
         key_prefix=prefix or None,
         group_name=GROUP,
-        ins={"fork_metrics": dg.AssetIn(key=[*prefix, "fork_metrics"])},
+        ins={"fork_metrics": dg.AssetIn(key=[*prefix, "fork_metrics"], dagster_type=FRAME)},
         required_resource_keys={RUNTIME},
         kinds={"python", "pandas"},
+        dagster_type=FRAME,
         description="One row a fork, the best patch first, with the reason for each place.",
     )
-    async def ranking(
-        context: dg.AssetExecutionContext, fork_metrics: pd.DataFrame
-    ) -> dg.Output[pd.DataFrame]:
+    async def ranking(context: dg.AssetExecutionContext, fork_metrics: Frame) -> dg.Output[Frame]:
         orchestration, forks, ranked = await _read(context, fork_metrics)
         rows = [place_row(orchestration.workflow_id, it, ranked.winner) for it in ranked.places]
         return dg.Output(
@@ -63,14 +62,13 @@ def decision_assets(prefix: list[str]) -> tuple[dg.AssetsDefinition, dg.AssetsDe
         name="winner",
         key_prefix=prefix or None,
         group_name=GROUP,
-        ins={"ranking": dg.AssetIn(key=[*prefix, "ranking"])},
+        ins={"ranking": dg.AssetIn(key=[*prefix, "ranking"], dagster_type=FRAME)},
         required_resource_keys={RUNTIME},
         kinds={"python", "pandas"},
+        dagster_type=FRAME,
         description="The patch to take, and why; no row where none can be recommended.",
     )
-    async def winner(
-        context: dg.AssetExecutionContext, ranking: pd.DataFrame
-    ) -> dg.Output[pd.DataFrame]:
+    async def winner(context: dg.AssetExecutionContext, ranking: Frame) -> dg.Output[Frame]:
         orchestration, forks, ranked = await _read(context, ranking)
         published = await _publish(context, orchestration, forks, ranked)
         rows: list[dict[str, Any]] = []
@@ -109,7 +107,7 @@ def checks_of(prefix: list[str]) -> dg.AssetChecksDefinition:
         ins={"fork_metrics": dg.AssetIn(key=forks_key)},
     )
     async def decision_checks(  # noqa: ANN202 - Dagster takes only a tuple for several results
-        context: dg.AssetCheckExecutionContext, fork_metrics: pd.DataFrame
+        context: dg.AssetCheckExecutionContext, fork_metrics: Frame
     ):
         orchestration, forks, _ = await _read(context, fork_metrics)
         leases = await _runtime(context).store.leases(orchestration.workflow_id)
@@ -127,7 +125,7 @@ def fork_results(
     config: OrchestrationConfig,
     forks: list[Fork],
     leases: list[Lease],
-    table: pd.DataFrame,
+    table: Frame,
 ) -> Iterator[dg.AssetCheckResult]:
     """The results of `CHECKS`."""
     numbers = sorted(int(number) for number in table["fork_num"])
@@ -168,7 +166,7 @@ def fork_results(
 
 
 def cost_result(
-    config: OrchestrationConfig, table: pd.DataFrame, *, judge_cost_usd: float | None = None
+    config: OrchestrationConfig, table: Frame, *, judge_cost_usd: float | None = None
 ) -> dg.AssetCheckResult:
     """Of `cost_within_budget`; unknown costs are said, not taken for nothing."""
     known = table["cost_usd"].dropna().astype(float)
@@ -312,7 +310,7 @@ async def _publish(
         raise dg.Failure(text, allow_retries=False) from error
 
 
-async def _read(context: Any, table: pd.DataFrame) -> tuple[Orchestration, list[Fork], Ranking]:
+async def _read(context: Any, table: Frame) -> tuple[Orchestration, list[Fork], Ranking]:
     store = _runtime(context).store
     workflow_id = str(table["workflow_id"].iloc[0])
     orchestration = await store.need(Orchestration, orchestration_key(workflow_id))

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import dagster as dg
-import pandas as pd
 from dagster._core.errors import DagsterExecutionInterruptedError
 
 from sandbox_pipeline import orchestrating
 from sandbox_pipeline.config import OrchestrationConfig, parse_config
 from sandbox_pipeline.defs.executors import check_place
+from sandbox_pipeline.defs.frames import FRAME, Frame
 from sandbox_pipeline.defs.interrupts import interruptible
 from sandbox_pipeline.defs.presentation import asked_tags, fork_metrics_metadata, outcome_tags
 from sandbox_pipeline.defs.reconciling import report_dead
@@ -105,8 +105,8 @@ async def verify_patch(context: dg.OpExecutionContext) -> None:
     await _adapted(_life(context).verify_patch())
 
 
-@dg.op(ins=_AFTER, required_resource_keys={RUNTIME}, tags=_priority(7))
-async def check_completion(context: dg.OpExecutionContext) -> pd.DataFrame:
+@dg.op(ins=_AFTER, out=dg.Out(FRAME), required_resource_keys={RUNTIME}, tags=_priority(7))
+async def check_completion(context: dg.OpExecutionContext) -> Frame:
     """Compare what came with what was planned; one row for every planned fork."""
     done = await _adapted(
         orchestrating.complete(

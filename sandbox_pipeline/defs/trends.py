@@ -6,9 +6,9 @@ defines have no plots; so model and repository are in the entries' names.
 """
 
 import dagster as dg
-import pandas as pd
 
 from sandbox_pipeline.comparison import Compared, compared, repo_name
+from sandbox_pipeline.defs.frames import FRAME, Frame
 from sandbox_pipeline.defs.presentation import GROUP, Metadata, cell
 from sandbox_pipeline.defs.resources import RUNTIME
 from sandbox_pipeline.metrics import frame
@@ -27,16 +27,21 @@ def trends_asset(prefix: list[str]) -> dg.AssetsDefinition:
         name="trends",
         key_prefix=prefix or None,
         group_name=GROUP,
-        ins={"orchestration_summary": dg.AssetIn(key=[*prefix, "orchestration_summary"])},
+        ins={
+            "orchestration_summary": dg.AssetIn(
+                key=[*prefix, "orchestration_summary"], dagster_type=FRAME
+            )
+        },
         required_resource_keys={RUNTIME},
         kinds={"python", "pandas"},
+        dagster_type=FRAME,
         description="One row a model and repository, over the latest orchestrations of this "
         "store: how often forks passed, what a pass cost, how long agents took. The plots of its "
         "metadata show the same for each orchestration, over time.",
     )
     async def trends(
-        context: dg.AssetExecutionContext, orchestration_summary: pd.DataFrame
-    ) -> dg.Output[pd.DataFrame]:
+        context: dg.AssetExecutionContext, orchestration_summary: Frame
+    ) -> dg.Output[Frame]:
         runtime: Runtime = getattr(context.resources, RUNTIME)
         workflow_id = str(orchestration_summary["workflow_id"].iloc[0])
         mine = await runtime.store.need(Orchestration, orchestration_key(workflow_id))
