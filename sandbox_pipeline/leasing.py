@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import secrets
@@ -130,11 +131,13 @@ async def create(
         attempt = await before_attempt()
         if pending is None:
             pending = await wait_for_permit(runtime, orchestration)
+        answered = functools.partial(_finish_permit, runtime, pending)
         # A server may remember a failure by the key, and would repeat it.
-        spec = replace(spec, idempotency_key=f"{lease.lease_id}-{attempt}")
+        key = f"{lease.lease_id}-{attempt}"
+        spec = replace(spec, idempotency_key=key, on_answer=answered)
         try:
             once = _create_once(runtime, lease, spec, retry)
-            live, sandbox = await shielded(_permitted(runtime, pending, once))
+            live, sandbox = await shielded(_permitted(once, answered))
         except ProviderError as error:
             pending = None
             try:
@@ -314,15 +317,21 @@ async def shielded(work: Coroutine[Any, Any, T]) -> T:
         raise
 
 
-async def _permitted(runtime: Runtime, permit: int, call: Callable[[], Awaitable[T]]) -> T:
+async def _permitted(
+    call: Callable[[], Awaitable[T]], answered: Callable[[], Awaitable[None]]
+) -> T:
     try:
         return await call()
     finally:
-        try:
-            await runtime.store.finish_permit(permit)
-        except StoreError as error:
-            # It expires by itself; what came of the creation matters more.
-            logger.warning("permit %d: %s", permit, error)
+        await answered()
+
+
+async def _finish_permit(runtime: Runtime, permit: int) -> None:
+    try:
+        await runtime.store.finish_permit(permit)
+    except StoreError as error:
+        # It expires by itself; what came of the creation matters more.
+        logger.warning("permit %d: %s", permit, error)
 
 
 async def _marks(runtime: Runtime, lease: Lease) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -51,6 +51,8 @@ class SandboxSpec:
         model_host: what network `model_api` lets it reach.
         model_headers: for an `Injecting` provider to put on its requests to `model_host`,
             outside of the sandbox; they hold the model's key.
+        on_answer: awaited by a provider whose API has answered, where it has more to do before
+            the sandbox takes commands: by then the API has counted the creation.
     """
 
     lease_id: str
@@ -63,6 +65,7 @@ class SandboxSpec:
     idempotency_key: str = ""
     model_host: str = MODEL_HOST
     model_headers: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
+    on_answer: Callable[[], Awaitable[None]] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,8 @@ class E2BProvider:
             Call.CREATE,
             "create a sandbox",
         )
+        if spec.on_answer is not None:
+            await spec.on_answer()
         sandbox = E2BSandbox(self._client, sdk, until=began + spec.ttl_seconds)
         await self._make_ready(sandbox)
         return sandbox

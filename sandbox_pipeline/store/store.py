@@ -357,12 +357,12 @@ class Store:
         return await self._run(write)
 
     async def finish_permit(self, permit: int) -> None:
-        """Say that the creation was answered, or never sent."""
+        """Say that the creation was answered, or never sent; the first word counts."""
 
         def write(connection: Connection) -> None:
             connection.execute(
                 tables.permits.update()
-                .where(tables.permits.c.id == permit)
+                .where(tables.permits.c.id == permit, tables.permits.c.finished_at.is_(None))
                 .values(finished_at=self._now(connection))
             )
 
