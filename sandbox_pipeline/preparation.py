@@ -23,7 +23,7 @@ from sandbox_pipeline.sandboxes.base import WORKSPACE, Command, Discarding, Netw
 from sandbox_pipeline.sandboxes.steady import SteadySandbox
 from sandbox_pipeline.store.store import Fence
 from sandbox_pipeline.workspace.checkout import put_repository, tail
-from sandbox_pipeline.workspace.mirror import Base, pin
+from sandbox_pipeline.workspace.mirror import ARCHIVE, Base, pin
 from sandbox_pipeline.workspace.source import Source, check_branch, check_source
 
 logger = logging.getLogger(__name__)
@@ -222,17 +222,11 @@ async def _snapshot(runtime: Runtime, orchestration: Orchestration, sandbox: San
 
 
 def _base(orchestration: Orchestration) -> Base:
-    folder = _base_folder(orchestration)
-    shallow = folder / "mirror.git" / "shallow"
     if orchestration.base_commit is None or orchestration.branch is None:
         msg = "the base commit is not pinned yet"
         raise AgentError(FailureClass.INTERNAL, msg)
-    return Base(
-        orchestration.base_commit,
-        orchestration.branch,
-        folder / "base.bundle",
-        shallow.read_bytes() if shallow.exists() else b"",
-    )
+    archive = _base_folder(orchestration) / ARCHIVE
+    return Base(orchestration.base_commit, orchestration.branch, archive)
 
 
 def _base_folder(orchestration: Orchestration) -> Path:

@@ -5,6 +5,7 @@ All git that touches what an agent may have touched runs in the sandbox, never o
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 from pathlib import Path
@@ -12,8 +13,15 @@ from pathlib import Path
 from sandbox_pipeline.errors import AgentError, ErrorKind, FailureClass, ProviderError
 from sandbox_pipeline.records import Patch
 from sandbox_pipeline.redaction import Redactor
-from sandbox_pipeline.sandboxes.base import STATE_DIR, WORKSPACE, Command, CommandResult, Sandbox
-from sandbox_pipeline.workspace.mirror import Base
+from sandbox_pipeline.sandboxes.base import (
+    HOME,
+    STATE_DIR,
+    WORKSPACE,
+    Command,
+    CommandResult,
+    Sandbox,
+)
+from sandbox_pipeline.workspace.mirror import ARCHIVE, Base
 
 CHECKOUT_TIMEOUT_SECONDS = 900
 PATCH_TIMEOUT_SECONDS = 600
@@ -30,35 +38,36 @@ GIT_ENV = {
 # or rewrote the workspace's .git, and no configuration of the workspace takes part in it.
 _CHECKOUT = f"""\
 set -e
-cd {STATE_DIR}
-rm -rf repo.git {WORKSPACE}
-git init --quiet --bare --initial-branch="$BRANCH" repo.git
-if [ -s shallow ]; then cp shallow repo.git/shallow; fi
-git -C repo.git -c gc.auto=0 -c maintenance.auto=false fetch --quiet --no-tags ../base.bundle \\
-  "refs/heads/$BRANCH:refs/heads/$BRANCH"
-git -C repo.git update-ref "refs/heads/$BRANCH" "$COMMIT"
-git -c protocol.file.allow=always clone --quiet --no-checkout \\
-  --config user.name="$AUTHOR" --config user.email="$AUTHOR@sandbox-pipeline.invalid" \\
-  repo.git {WORKSPACE}
+rm -rf {STATE_DIR}/repo.git {WORKSPACE}
+cd {HOME}
+tar --extract --no-same-owner --file={STATE_DIR}/{ARCHIVE}
+rm {STATE_DIR}/{ARCHIVE}
 cd {WORKSPACE}
-git remote remove origin
+printf '[user]\\n\\tname = %s\\n\\temail = %s@sandbox-pipeline.invalid\\n' \
+  "$AUTHOR" "$AUTHOR" >> .git/config
 git -c core.hooksPath=/dev/null checkout --quiet -B "$BRANCH" "$COMMIT"
-rm -f {STATE_DIR}/base.bundle
+cp .git/index {STATE_DIR}/base.index
 """
 
 # Index and patch have names of their own: two may be at it, where a cancel is settled twice.
+# The index of the checkout knows which files are as they were; one made anew, where the agent
+# removed that, has to read them all.
 _PATCH = f"""\
-set -e
-cd {WORKSPACE}
+cd {WORKSPACE} || exit 1
 export GIT_DIR={STATE_DIR}/repo.git GIT_WORK_TREE={WORKSPACE}
 export GIT_INDEX_FILE={STATE_DIR}/index-$TOKEN
-git read-tree "$COMMIT"
-git add --all .
 patch={STATE_DIR}/patch-$TOKEN
+cp {STATE_DIR}/base.index "$GIT_INDEX_FILE" 2> /dev/null || git read-tree "$COMMIT" || exit 1
+set -e
+git add --all .
 git diff --cached --binary --no-ext-diff --no-textconv --no-color "$COMMIT" > "$patch"
-if [ ! -s "$patch" ]; then echo; else git diff --cached --no-ext-diff --shortstat "$COMMIT"; fi
-rm -f "$GIT_INDEX_FILE"
-stat -c %s "$patch"
+if [ -s "$patch" ]; then
+  git diff --cached --no-ext-diff --shortstat "$COMMIT"
+  stat -c %s "$patch"
+else
+  echo
+  echo 0
+fi
 """
 
 
@@ -69,8 +78,8 @@ async def put_repository(sandbox: Sandbox, base: Base, author: str) -> None:
         AgentError: `SETUP_FAILED` with git's words, such as no git in the sandbox.
         ProviderError: the sandbox failed.
     """
-    await sandbox.write(f"{STATE_DIR}/base.bundle", base.bundle.read_bytes())
-    await sandbox.write(f"{STATE_DIR}/shallow", base.shallow)
+    archive = await asyncio.to_thread(base.archive.read_bytes)
+    await sandbox.write(f"{STATE_DIR}/{ARCHIVE}", archive)
     result = await sandbox.run(
         Command(
             ["sh", "-c", _CHECKOUT],

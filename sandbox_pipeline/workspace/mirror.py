@@ -9,14 +9,17 @@ import asyncio
 import os
 import shutil
 import stat
+import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from sandbox_pipeline.errors import ConfigError, PipelineError
 from sandbox_pipeline.redaction import Redactor
+from sandbox_pipeline.sandboxes.base import STATE_DIR, WORKSPACE
 from sandbox_pipeline.workspace.source import Source, check_branch
 
+ARCHIVE = "base.tar"
 CLONE_TIMEOUT_SECONDS = 1800
 LS_REMOTE_TIMEOUT_SECONDS = 120
 MAX_LISTED_BRANCHES = 20
@@ -37,14 +40,13 @@ class Base:
     """What every fork starts from.
 
     Attributes:
-        bundle: file with the commit and its history.
-        shallow: the content of git's `shallow` file where the history is cut, else empty.
+        archive: tar file of a home with the commit and its history: a bare repository
+            `.sandbox_pipeline/repo.git`, and `workspace/.git`, of which nothing is checked out.
     """
 
     commit: str
     branch: str
-    bundle: Path
-    shallow: bytes
+    archive: Path
 
 
 class GitError(PipelineError):
@@ -59,7 +61,7 @@ async def pin(
     *,
     commit: str | None = None,
 ) -> Base:
-    """Clone the branch into `folder` and bundle it, unless that was done before.
+    """Clone the branch into `folder` and pack it for the forks, unless that was done before.
 
     Args:
         source: where from.
@@ -73,9 +75,9 @@ async def pin(
         GitError: git failed otherwise.
     """
     git = Git(source, folder, environ)
-    bundle = folder / "base.bundle"
+    archive = folder / ARCHIVE
     mirror = folder / "mirror.git"
-    if commit is None or not bundle.exists():
+    if commit is None or not archive.exists():
         if branch is not None:
             check_branch(branch)
         branch = await _choose_branch(git, source, branch)
@@ -90,12 +92,48 @@ async def pin(
             await git.run(["-C", str(mirror), "update-ref", tip, commit])
         found = await git.run(["-C", str(mirror), "rev-parse", "--verify", f"{tip}^{{commit}}"])
         commit = found.strip()
-        partial = bundle.with_suffix(".partial")
-        await git.run(["-C", str(mirror), "bundle", "create", "--quiet", str(partial), tip])
-        partial.replace(bundle)
+        await _pack(git, mirror, branch, archive)
     assert branch is not None  # noqa: S101 - a pinned commit comes with its branch
-    shallow = mirror / "shallow"
-    return Base(commit, branch, bundle, shallow.read_bytes() if shallow.exists() else b"")
+    return Base(commit, branch, archive)
+
+
+async def _pack(git: Git, mirror: Path, branch: str, archive: Path) -> None:
+    """Make the archive, once for all forks: each would need a dozen processes of git for it.
+
+    It is fetched and not copied, so that nothing is in it but the branch up to its commit.
+    """
+    home = archive.with_name("home")
+    shutil.rmtree(home, ignore_errors=True)
+    bare = home / Path(STATE_DIR).name / "repo.git"
+    bare.parent.mkdir(parents=True)
+    workspace = home / Path(WORKSPACE).name
+    ref = f"refs/heads/{branch}"
+    local = ["-c", "protocol.file.allow=always"]
+    await git.run(
+        ["init", "--quiet", "--bare", "--template=", f"--initial-branch={branch}", str(bare)]
+    )
+    await git.run(
+        [*local, "-c", "fetch.unpackLimit=1", "-c", "gc.auto=0", "-c", "maintenance.auto=false",
+         "-C", str(bare), "fetch", "--quiet", "--no-tags", "--no-write-fetch-head",
+         "--update-shallow", str(mirror), f"{ref}:{ref}"],
+        timeout_seconds=CLONE_TIMEOUT_SECONDS,
+    )  # fmt: skip
+    await git.run(
+        [*local, "clone", "--quiet", "--no-checkout", "--template=", "--", str(bare),
+         str(workspace)],
+        timeout_seconds=CLONE_TIMEOUT_SECONDS,
+    )  # fmt: skip
+    await git.run(["-C", str(workspace), "remote", "remove", "origin"])
+    await asyncio.to_thread(_write_archive, home, archive)
+
+
+def _write_archive(home: Path, archive: Path) -> None:
+    partial = archive.with_suffix(".partial")
+    with tarfile.open(partial, "w") as tar:
+        for part in sorted(home.iterdir()):
+            tar.add(part, part.name)
+    partial.replace(archive)
+    shutil.rmtree(home, ignore_errors=True)
 
 
 async def read_branches(

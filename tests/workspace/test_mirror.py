@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from sandbox_pipeline.errors import ConfigError
-from sandbox_pipeline.workspace.mirror import pin
+from sandbox_pipeline.workspace.mirror import Base, pin
 from sandbox_pipeline.workspace.source import Source, check_source
 from tests.conftest import git, make_repo
+
+
+def unpacked(base: Base, folder: Path) -> Path:
+    """A home as each fork gets it."""
+    home = folder / "home"
+    with tarfile.open(base.archive) as tar:
+        tar.extractall(home, filter="data")
+    return home
 
 
 async def test_the_commit_stays_pinned_when_the_branch_moves_on(repo: Path, tmp_path: Path) -> None:
@@ -19,12 +28,19 @@ async def test_the_commit_stays_pinned_when_the_branch_moves_on(repo: Path, tmp_
     (repo / "new").write_text("x", encoding="utf-8")
     git(repo, "add", "--all")
     git(repo, "commit", "--quiet", "--message=second")
+    moved = git(repo, "rev-parse", "HEAD").strip()
     again = await pin(source, first.branch, tmp_path / "base", os.environ, commit=first.commit)
     assert again.commit == first.commit
-    (tmp_path / "base" / "base.bundle").unlink()
+    first.archive.unlink()
     rebuilt = await pin(source, first.branch, tmp_path / "base", os.environ, commit=first.commit)
     assert rebuilt.commit == first.commit
-    assert first.commit in git(tmp_path, "bundle", "list-heads", str(rebuilt.bundle))
+    home = unpacked(rebuilt, tmp_path)
+    for repository in (home / ".sandbox_pipeline" / "repo.git", home / "workspace"):
+        assert git(repository, "rev-list", "--all").split() == [first.commit]
+        objects = git(repository, "cat-file", "--batch-all-objects", "--batch-check")
+        assert "commit" in objects
+        assert moved not in objects
+        assert git(repository, "remote").strip() == ""
 
 
 async def test_a_missing_branch_names_those_that_exist(repo: Path, tmp_path: Path) -> None:
@@ -58,7 +74,10 @@ async def test_a_shallow_repository_can_be_used(repo: Path, tmp_path: Path) -> N
     git(repo, "commit", "--quiet", "--message=second")
     git(tmp_path, "clone", "--quiet", "--depth=1", f"file://{repo}", "cut")
     base = await pin(check_source(str(tmp_path / "cut")), None, tmp_path / "base", os.environ)
-    assert base.shallow.strip() == base.commit.encode()
+    home = unpacked(base, tmp_path)
+    for repository in (home / ".sandbox_pipeline" / "repo.git", home / "workspace"):
+        assert git(repository, "rev-list", "--all").split() == [base.commit]
+        assert git(repository, "rev-parse", "--is-shallow-repository").strip() == "true"
 
 
 async def test_hooks_and_configuration_of_the_user_take_no_part(
