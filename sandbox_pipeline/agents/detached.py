@@ -20,6 +20,8 @@ STREAMS = ("stdout", "stderr")
 KILL_AFTER_SECONDS = 5
 CHUNK_BYTES = 1_000_000
 MAX_RECORD_BYTES = 1000
+MAX_RUNNER_BYTES = 120_000
+"""Linux takes at most 128 KiB in one argument."""
 OVERDUE_SECONDS = 30.0
 WAIT_SECONDS = 20.0
 """Longest wait inside the sandbox until it is heard of again."""
@@ -85,8 +87,9 @@ home=$1
 cd {folder} || exit 1
 exec 9> lock
 flock -n 9 || exit 0
-mkdir started 2>/dev/null || exit 0
+[ -e started ] && exit 0
 echo $$ > pid
+: > started
 mkfifo out.pipe err.pipe
 (stdbuf -o0 head -c {cap} > stdout; wc -c > stdout.dropped) < out.pipe 9>&- &
 out=$!
@@ -109,14 +112,10 @@ mv exit.tmp exit
 """
 
 
-# Its standard input becomes the job's runner, in a file of its own name: a shell reads its script
-# bit by bit, and must not find another one's.
+# In a session of its own, it outlives whoever asked for it.
 _START = """\
-mkdir -p "$1" && cd "$1" || exit 1
-if ! [ -e started ]; then
-  cat > run.$$
-  setsid nohup sh "$1/run.$$" "$5" < /dev/null > /dev/null 2>&1 &
-fi
+[ -e "$1" ] || mkdir -p "$1"
+[ -e "$1/started" ] || setsid sh -c "$6" sh "$5" < /dev/null > /dev/null 2>&1 &
 """
 
 # Answers once the sizes of the streams are others than what is known, or the job ended: with the
@@ -253,6 +252,7 @@ class _Following:
         self._job = job
         self._on_output = on_output
         self._offsets: dict[str, int] = dict.fromkeys(STREAMS, 0)
+        self._runner = _runner(folder, job)
         self._began = time.monotonic()
 
     async def to_the_end(
@@ -285,13 +285,14 @@ class _Following:
         pause = min(LONGEST_PAUSE_SECONDS, max(SHORTEST_PAUSE_SECONDS, PAUSE_SHARE * passed))
         known = "\n".join(str(self._offsets[stream]) for stream in STREAMS)
         turns = max(1, math.ceil(seconds / pause))
-        arguments = [self._folder, known, f"{pause:.3f}", str(turns), HOME]
+        arguments = [self._folder, known, f"{pause:.3f}", str(turns)]
+        if start:
+            arguments += [HOME, self._runner]
         answer = await self._sandbox.run(
             Command(
                 ["sh", "-c", (_START + _WAIT) if start else _WAIT, "sh", *arguments],
                 # Secrets go by the environment and not in the script: files are forgotten.
                 env=self._job.env if start else {},
-                stdin=_runner(self._folder, self._job) if start else b"",
                 timeout_seconds=turns * pause + OVERDUE_SECONDS,
                 max_output_bytes=MAX_RECORD_BYTES,
                 repeatable=True,
@@ -327,7 +328,7 @@ class _Following:
             await self._on_output(stream, chunk)
 
 
-def _runner(folder: str, job: Job) -> bytes:
+def _runner(folder: str, job: Job) -> str:
     """The script that runs the job and records its end."""
     script = _RUNNER.format(
         folder=_quoted(folder),
@@ -338,7 +339,13 @@ def _runner(folder: str, job: Job) -> bytes:
         argv=" ".join(map(_quoted, job.argv)),
         stdin=_quoted(job.stdin_path),
     )
-    return script.encode("utf-8", "surrogateescape")
+    size = len(script.encode("utf-8", "surrogateescape"))
+    if size > MAX_RUNNER_BYTES:
+        msg = (
+            f"the agent's command has {size} bytes; put what is long into a file of the repository"
+        )
+        raise AgentError(FailureClass.AGENT_FAILED, msg)
+    return script
 
 
 def _finished(ended: str, job: Job) -> Finished:
