@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import cast
 
-from sandbox_pipeline.errors import ErrorKind, ProviderError
 from sandbox_pipeline.sandboxes import bubblewrap, shim, supervisor
 from sandbox_pipeline.sandboxes.base import SandboxSpec
+from sandbox_pipeline.sandboxes.launcher import LAUNCHER
 from sandbox_pipeline.sandboxes.limits import plan_limits
 from sandbox_pipeline.sandboxes.local_folder import Meta, SandboxFolder
 
@@ -60,30 +59,14 @@ class SandboxStart:
         try:
             argv, env = self._direct() if self.bwrap is None else self._isolated(descriptors)
             with folder.listen() as listener, (path / "supervisor.err").open("wb") as errors:
-                lock = cast("int", self._lock)
-                options = [f"folder={path}", f"lock_fd={lock}", f"listen_fd={listener.fileno()}"]
+                options = [f"folder={path}"]
                 if self.bwrap is None:
                     options.append("direct=1")
-                else:
-                    options.append(f"args_fd={descriptors[0]}")
                 options += [f"env={name}={value}" for name, value in env.items()]
                 options += self._limit_options()
-                program = [sys.executable, "-I", "-S", str(supervisor.__file__)]
+                fds = [cast("int", self._lock), listener.fileno(), errors.fileno(), *descriptors]
                 self.launched = True
-                done = subprocess.run(
-                    [*program, folder.sandbox_id, *options, "--", *argv],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=errors,
-                    pass_fds=(lock, listener.fileno(), *descriptors),
-                    start_new_session=True,
-                    cwd="/",
-                    env={},
-                    check=False,
-                )
-                if done.returncode:
-                    message = f"the supervisor cannot start (exit code {done.returncode})"
-                    raise ProviderError(ErrorKind.HOST, message)
+                LAUNCHER.launch(folder.sandbox_id, options, fds, argv)
         finally:
             for fd in descriptors:
                 os.close(fd)

@@ -1,11 +1,11 @@
 """Outlives the orchestrator beside each local sandbox and ends it when its time is up.
 
-Started as `python -I -S supervisor.py SANDBOX_ID KEY=VALUE... -- ARGV...`; standard library only,
-few imports, since every sandbox pays for them. Keys:
+Forked from a process that has loaded all of this, `python -I -S supervisor.py CHANNEL_FD ROOM`,
+see `launcher`; standard library only. It is given the sandbox's name, descriptors of its lock (held
+already and kept to the end), of a listening socket, of a file for errors and maybe of bubblewrap's
+arguments, what to start, and options:
 
-- `folder`: the sandbox's folder; `lock_fd`: its lock, held already and kept to the end;
-- `args_fd`, `listen_fd`: handed to ARGV as descriptors 3 and 4. Descriptor 5 is the lifeline, which
-  is closed when this process ends; descriptor 6 takes what bubblewrap's `--info-fd` says;
+- `folder`: the sandbox's folder;
 - `direct=1`: there is no isolation, so that each process has to be found and killed;
 - `disk_bytes`: most that the home may use;
 - `rlimit=NAME:VALUE`, `cgroup=FOLDER`, `cgroup_value=FILE:VALUE`, `env=NAME=VALUE`: any number.
@@ -21,10 +21,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import resource
 import select
 import signal
+import socket
 import sys
 import time
 
@@ -54,6 +56,10 @@ LONGEST_SLEEP_SECONDS = 60.0
 KILL_SECONDS = 5.0
 STDERR_KEPT_BYTES = 4096
 WALK_SHARE = 20
+MAX_MESSAGE_BYTES = 100_000
+MAX_FDS = 4
+TITLE_BYTES = 2048
+LAUNCHED = b"launched"
 TRASH = ".removing-"
 FINAL = "0"
 """What `deadline` holds once it is decided that the sandbox ends."""
@@ -95,24 +101,19 @@ def write_text(path: str, text: str) -> None:
 class Supervisor:
     """One sandbox, from its start to its removal."""
 
-    def __init__(self, options: list[tuple[str, str]], argv: list[str]) -> None:
+    def __init__(self, options: list[tuple[str, str]], fds: list[int], argv: list[str]) -> None:
         values = dict(options)
         self.argv = argv
         self.folder = values["folder"]
         self.home = f"{self.folder}/home"
-        self.lock_fd = int(values["lock_fd"])
-        self.listen_fd = int(values["listen_fd"])
-        self.args_fd = int(values.get("args_fd", "-1"))
+        self.lock_fd, self.listen_fd = fds[:2]
+        self.args_fd = fds[2] if len(fds) > 2 else -1
         self.direct = "direct" in values
         self.disk_bytes = int(values.get("disk_bytes", "0"))
         self.env = dict(pair(value) for key, value in options if key == "env")
         self.rlimits = [value.split(":") for key, value in options if key == "rlimit"]
         self.cgroups = [value for key, value in options if key == "cgroup"]
         self.cgroup_values = [value for key, value in options if key == "cgroup_value"]
-        for fd in (self.lock_fd, self.listen_fd, self.args_fd):
-            # Handed over by inheritance; the sandbox must not inherit the lock in its turn.
-            if fd >= 0:
-                os.set_inheritable(fd, False)
         self.stderr = bytearray()
         self.terminated = False
         self.exited = False
@@ -351,16 +352,58 @@ def _limit(name: str, value: int) -> None:
 
 
 def main() -> None:
-    """Detach from the process that started this and supervise."""
-    arguments = sys.argv[2:]
-    split = arguments.index("--")
-    options = [pair(argument) for argument in arguments[:split]]
-    if os.fork():
+    """Fork a supervisor for each message of the channel, until nobody is at its other end."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    _set_title("launcher")
+    while True:
+        message, fds, _, _ = socket.recv_fds(channel, MAX_MESSAGE_BYTES, MAX_FDS)
+        if not message:
+            return
+        try:
+            pid = os.fork()
+            if not pid:
+                _launch(channel, message, fds)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            answer = LAUNCHED if code == 0 else f"exit code {code}".encode()
+        except OSError as error:
+            answer = str(error).encode()
+        for fd in fds:
+            os.close(fd)
+        with contextlib.suppress(OSError):
+            channel.send(answer)
+
+
+def _launch(channel: socket.socket, message: bytes, fds: list[int]) -> NoReturn:
+    """Detach from the launcher and supervise."""
+    try:
+        channel.close()
+        name, options, argv = json.loads(message.decode("utf-8", "surrogateescape"))
+        lock, listener, errors, *more = fds
+        os.dup2(errors, 2)
+        os.close(errors)
+        if os.fork():
+            os._exit(0)
+        os.setsid()
+        _set_title(name, *options, "--", *argv)
+        Supervisor([pair(option) for option in options], [lock, listener, *more], argv).run()
+        # All is written: the interpreter's own end would only cost time.
         os._exit(0)
-    os.setsid()
-    Supervisor(options, arguments[split + 1 :]).run()
-    # All is written: the interpreter's own end would only cost time.
-    os._exit(0)
+    except BaseException as error:  # noqa: BLE001 - this process must never go on as a launcher
+        os.write(2, f"{type(error).__name__}: {error}\n".encode("utf-8", "replace"))
+    finally:
+        os._exit(1)
+
+
+def _set_title(*words: str) -> None:
+    """Show these as the arguments, as far as there is room, where people look for processes."""
+    title = "\0".join([sys.executable, __file__, *words])
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        with open("/proc/self/stat", encoding="utf-8", errors="replace") as file:
+            begin, end = map(int, file.read().rpartition(")")[2].split()[45:47])
+        text = title.encode("utf-8", "surrogateescape")[: end - begin - 1]
+        with open("/proc/self/mem", "r+b", buffering=0) as memory:
+            memory.seek(begin)
+            memory.write(text.ljust(end - begin, b"\0"))
 
 
 if __name__ == "__main__":
