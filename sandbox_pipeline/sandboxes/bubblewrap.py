@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import py_compile
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from sandbox_pipeline.errors import ErrorKind, ProviderError
 from sandbox_pipeline.sandboxes.base import HOME, SandboxSpec
 from sandbox_pipeline.sandboxes.supervisor import ARGS_FD, INFO_FD, LIFELINE_FD, LISTEN_FD
 
-SHIM_INSIDE = "/run/sandbox/shim.py"
+SHIM_INSIDE = "/run/sandbox/shim"
 PATH_INSIDE = "/usr/local/bin:/usr/bin:/bin"
 OLDEST_PYTHON = (3, 9)
 MIB = 1 << 20
@@ -129,6 +130,23 @@ def find_interpreter() -> Interpreter:
     return Interpreter(f"{sys.base_prefix}/bin/{version}", Path(sys.base_prefix))
 
 
+@functools.cache
+def compiled_shim(folder: Path) -> Path:
+    """The shim as byte code where the interpreter inside takes this one's, since it is not cached.
+
+    Args:
+        folder: where it is kept; no sandbox can write there.
+    """
+    source = Path(__file__).with_name("shim.py")
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    if Path(os.path.realpath(find_interpreter().program)).name != name:
+        return source
+    place = folder / f"shim.{sys.implementation.cache_tag}.pyc"
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(str(source), str(place), doraise=True, invalidation_mode=mode)
+    return place
+
+
 def command_line(bwrap: Path, name: str) -> list[str]:
     """How bubblewrap is started; its options come through a file, out of the process list.
 
@@ -165,7 +183,7 @@ def sandbox_options(spec: SandboxSpec, folder: Path) -> list[str]:
         options += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
     for name in etc_files(spec):
         options += ["--ro-bind", f"{folder}/etc/{name}", f"/etc/{name}"]
-    options += ["--ro-bind", str(Path(__file__).with_name("shim.py")), SHIM_INSIDE]
+    options += ["--ro-bind", str(compiled_shim(folder.parent)), SHIM_INSIDE]
     options += ["--bind", f"{folder}/home", HOME]
     for mount in sorted(shown, key=lambda mount: mount.target):
         options += ["--ro-bind", mount.source, mount.target]

@@ -32,8 +32,9 @@ from _socket import socket as Socket  # noqa: N812
 TYPE_CHECKING = False  # as type checkers know it; the module typing takes 3 ms to import
 if TYPE_CHECKING:
     import signal
+    from collections.abc import Iterable, Iterator
     from types import ModuleType
-    from typing import Any, NoReturn
+    from typing import Any
 
     Message = dict[str, Any]
 else:
@@ -47,6 +48,7 @@ GRACE_SECONDS = 1.0
 EXIT_TIMED_OUT = 124
 EXIT_NOT_EXECUTABLE = 126
 EXIT_NOT_FOUND = 127
+NO_PROCESS = "Resource temporarily unavailable"
 SHIM_PID = os.getpid()
 AT_ONCE_MS = 5
 SMALL_REQUEST_BYTES = 8192
@@ -174,7 +176,7 @@ def _serve_apart(connection: Socket, listener: Socket) -> None:
     request = None
     with Ignored(OSError, EOFError, ValueError):
         request = _small_request(connection)
-        if request is not None and _serve_at_once(connection, request):
+        if request is not None and _serve_at_once(connection, *request):
             connection.close()
             return
     try:
@@ -194,8 +196,8 @@ def _serve_apart(connection: Socket, listener: Socket) -> None:
         os._exit(0)
 
 
-def _small_request(connection: Socket) -> Message | None:
-    """A request without body, if one is there already; None leaves all of it to be received."""
+def _small_request(connection: Socket) -> tuple[Message, bytes] | None:
+    """A small request, if one is there already; None leaves all of it to be received."""
     poll = select.poll()
     poll.register(connection, select.POLLIN)
     if not poll.poll(AT_ONCE_MS):
@@ -205,13 +207,14 @@ def _small_request(connection: Socket) -> Message | None:
     if len(waiting) < LENGTHS.size:
         return None
     header_length, body_length = LENGTHS.unpack(waiting[: LENGTHS.size])
-    if body_length or len(waiting) < LENGTHS.size + header_length:
+    body_begin = LENGTHS.size + header_length
+    if len(waiting) < body_begin + body_length:
         return None
-    data = _receive(connection, LENGTHS.size + header_length)
-    return _parsed(data[LENGTHS.size :])
+    data = _receive(connection, body_begin + body_length)
+    return _parsed(data[LENGTHS.size : body_begin]), data[body_begin:]
 
 
-def _serve_at_once(connection: Socket, request: Message) -> bool:
+def _serve_at_once(connection: Socket, request: Message, body: bytes) -> bool:
     """Answer what can't block and fits into the socket's buffer, without a process of its own.
 
     An agent's output is asked for many times a second; a process each would cost more than the
@@ -219,6 +222,14 @@ def _serve_at_once(connection: Socket, request: Message) -> bool:
     """
     if request["op"] == "ping":
         _send(connection, {}, b"")
+        return True
+    if request["op"] == "write":
+        try:
+            _write(request["path"], (body,))
+        except OSError as error:
+            _send(connection, _failure(error), b"")
+        else:
+            _send(connection, {}, b"")
         return True
     if request["op"] == "read":
         try:
@@ -233,18 +244,42 @@ def _serve_at_once(connection: Socket, request: Message) -> bool:
     return False
 
 
-def _serve(connection: Socket, request: Message | None, *, may_fork: bool) -> None:
+def _serve(connection: Socket, request: tuple[Message, bytes] | None, *, may_fork: bool) -> None:
     with Ignored(OSError, EOFError):
         connection.settimeout(TRANSFER_SECONDS)
-        header_length = body_length = 0
         try:
-            if request is None:
-                header_length, body_length = LENGTHS.unpack(_receive(connection, LENGTHS.size))
-            asked: Message = request or _parsed(_receive(connection, header_length))
-            header, body = _answer(connection, asked, body_length, may_fork=may_fork)
+            if request is not None:
+                header, body = _answer(connection, *request, may_fork=may_fork)
+            else:
+                header, body = _received(connection, may_fork=may_fork)
         except (OSError, ValueError, TypeError, KeyError) as error:
             header, body = _failure(error), b""
         _send(connection, header, body)
+
+
+def _received(connection: Socket, *, may_fork: bool) -> tuple[Message, bytes]:
+    """Receive a request and answer it; a file's content is written as it comes."""
+    header_length, left = LENGTHS.unpack(_receive(connection, LENGTHS.size))
+    request = _parsed(_receive(connection, header_length))
+    if request["op"] != "write":
+        return _answer(connection, request, _receive(connection, left), may_fork=may_fork)
+
+    def parts() -> Iterator[bytes]:
+        nonlocal left
+        while left:
+            part = _receive(connection, min(left, 1 << 20))
+            left -= len(part)
+            yield part
+
+    content = parts()
+    try:
+        _write(request["path"], content)
+    except OSError:
+        # The host sends all before it listens to the answer.
+        for _ in content:
+            pass
+        raise
+    return {}, b""
 
 
 def _failure(error: Exception) -> Message:
@@ -259,13 +294,9 @@ def _send(connection: Socket, header: Message, body: bytes) -> None:
 
 
 def _answer(
-    connection: Socket, request: Message, body_length: int, *, may_fork: bool
+    connection: Socket, request: Message, body: bytes, *, may_fork: bool
 ) -> tuple[Message, bytes]:
     op = request["op"]
-    if op == "write":
-        _write(request["path"], connection, body_length)
-        return {}, b""
-    body = _receive(connection, body_length)
     if op == "run":
         return _Run(connection, request, body).result(may_fork=may_fork)
     if op == "read":
@@ -306,28 +337,21 @@ def _read(path: str, offset: int, limit: int) -> bytes:
         os.close(fd)
 
 
-def _write(path: str, connection: Socket, length: int) -> None:
+def _write(path: str, parts: Iterable[bytes]) -> None:
     folder = os.path.dirname(path)
     temporary = os.path.join(folder, f".sandbox-{os.getpid()}-{time.monotonic_ns():x}")
-    left = length
     try:
         os.makedirs(folder, exist_ok=True)
         mode = _mode(path)
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
         try:
-            while left:
-                part = memoryview(_receive(connection, min(left, 1 << 20)))
-                left -= len(part)
-                while part:
-                    part = part[os.write(fd, part) :]
+            for part in parts:
+                left = memoryview(part)
+                while left:
+                    left = left[os.write(fd, left) :]
         finally:
             os.close(fd)
         os.rename(temporary, path)
-    except OSError:
-        # The host sends all before it listens to the answer.
-        while left:
-            left -= len(_receive(connection, min(left, 1 << 20)))
-        raise
     finally:
         with Ignored(OSError):
             os.unlink(temporary)
@@ -389,15 +413,17 @@ class _Run:
         limit: int = self.request["max_output"]
         self.streams = {stream.read_fd: stream for stream in (_Stream(limit), _Stream(limit))}
         out, err = self.streams.values()
-        if may_fork:
+        if not may_fork:
+            self._refuse(err, EXIT_NOT_EXECUTABLE, NO_PROCESS)
+        else:
             try:
                 self._start(out, err)
             except OSError as error:
-                self._refuse(err, error.strerror or "cannot be started")
+                self._refuse(err, _code_of(error, self.request), str(error))
+            except (ValueError, TypeError, IndexError) as error:
+                self._refuse(err, EXIT_NOT_EXECUTABLE, str(error))
             else:
                 self._follow()
-        else:
-            self._refuse(err, "Resource temporarily unavailable")
         header: Message = {
             "exit_code": EXIT_TIMED_OUT if self.timed_out else self.exit_code,
             "timed_out": self.timed_out,
@@ -406,9 +432,10 @@ class _Run:
         }
         return header, bytes(out.kept + err.kept)
 
-    def _refuse(self, err: _Stream, reason: str) -> None:
-        self.exit_code = EXIT_NOT_EXECUTABLE
-        err.kept += f"sandbox: cannot start a process: {reason}\n".encode()[: err.limit]
+    def _refuse(self, err: _Stream, code: int, reason: str) -> None:
+        self.exit_code = code
+        said = f"sandbox: cannot start a process: {reason}\n"
+        err.kept += said.encode("utf-8", "surrogateescape")[: err.limit]
 
     def _start(self, out: _Stream, err: _Stream) -> None:
         self.deadline = time.monotonic() + float(self.request["timeout"])
@@ -418,9 +445,7 @@ class _Run:
         signal.signal(signal.SIGCHLD, lambda _signum, _frame: None)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         stdin, self.stdin_fd = os.pipe()
-        self.pid = os.fork()
-        if not self.pid:
-            _become(self.request, (stdin, out.write_fd, err.write_fd))
+        self.pid = _spawn(self.request, (stdin, out.write_fd, err.write_fd))
         for fd in (stdin, out.write_fd, err.write_fd):
             os.close(fd)
         os.set_blocking(self.stdin_fd, False)
@@ -504,28 +529,30 @@ class _Run:
             time.sleep(0.002)
 
 
-def _become(request: Message, fds: tuple[int, int, int]) -> NoReturn:
-    """Turn this new process into the command."""
-    code = EXIT_NOT_EXECUTABLE
-    try:
-        os.setsid()
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(number, signal.SIG_DFL)
-        for target, fd in enumerate(fds):
-            os.dup2(fd, target)
-        os.chdir(request["cwd"])
-        argv: list[str] = request["argv"]
-        env: dict[str, str] = request["env"]
-        os.execvpe(argv[0], argv, {**os.environ, **env})  # noqa: S606 (that is the point)
-    except OSError as error:
-        missing = error.errno in (errno.ENOENT, errno.ENOTDIR) or not _is_somewhere(request)
-        code = EXIT_NOT_FOUND if missing else code
-        os.write(2, f"sandbox: {error}\n".encode("utf-8", "surrogateescape"))
-    except (ValueError, TypeError, IndexError) as error:
-        os.write(2, f"sandbox: {error}\n".encode("utf-8", "replace"))
-    finally:
-        os._exit(code)
+def _spawn(request: Message, fds: tuple[int, int, int]) -> int:
+    """Start the command in a session of its own; this process has no other use for its folder.
+
+    Not by a fork, which would copy this process first.
+    """
+    os.chdir(request["cwd"])
+    argv: list[str] = request["argv"]
+    env: dict[str, str] = request["env"]
+    # Programs are searched for on this process's PATH.
+    os.environ.update(env)
+    return os.posix_spawnp(
+        argv[0],
+        argv,
+        os.environ,
+        file_actions=[(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(fds)],
+        setsid=True,
+        setsigdef=[signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ],
+    )
+
+
+def _code_of(error: OSError, request: Message) -> int:
+    """As a shell reports that a command can't be started."""
+    missing = error.errno in (errno.ENOENT, errno.ENOTDIR) or not _is_somewhere(request)
+    return EXIT_NOT_FOUND if missing else EXIT_NOT_EXECUTABLE
 
 
 def _is_somewhere(request: Message) -> bool:
