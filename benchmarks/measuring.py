@@ -194,13 +194,18 @@ class TreeCpu:
         return self._group is not None
 
     def start(
-        self, argv: Sequence[str], *, env: Mapping[str, str], stdout: BinaryIO
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        stdout: BinaryIO,
+        stderr: BinaryIO | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Start a process that counts."""
+        """Start a process that counts; what it says goes to the terminal, or to `stderr`."""
         if self._group is not None:
             join = f'echo $$ > {self._group}/cgroup.procs && exec "$@"'
             argv = ["sh", "-c", join, "sh", *argv]
-        return subprocess.Popen(argv, env=env, stdout=stdout)
+        return subprocess.Popen(argv, env=env, stdout=stdout, stderr=stderr)
 
     def seconds(self) -> float:
         """What they used, once all have ended."""

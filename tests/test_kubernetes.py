@@ -1,6 +1,6 @@
 """The deployment files against what reads them: dagster, dagster-k8s, Kubernetes' own models.
 
-No cluster and no Helm is here: that the chart renders the values is not tested.
+No cluster and no Helm is here: docs/scaling.md tells what of the chart was rendered by hand.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def test_a_run_is_a_pod_without_rights_that_has_secrets_and_volumes(tmp_path: Pa
         "env_secrets": [it["name"] for it in DEPLOYMENT["envSecrets"]],
         "volumes": DEPLOYMENT["volumes"],
         "volume_mounts": DEPLOYMENT["volumeMounts"],
+        "resources": DEPLOYMENT["resources"],
     }
     context = K8sContainerContext.create_for_run(
         dg.DagsterRun(job_name="orchestration_job"), launcher, include_run_tags=False
@@ -94,6 +95,8 @@ def test_a_run_is_a_pod_without_rights_that_has_secrets_and_volumes(tmp_path: Pa
     pod = document["spec"]["template"]["spec"]
     [container] = pod["containers"]
     assert container["image"] == image
+    assert container["resources"] == DEPLOYMENT["resources"]
+    assert "resources" not in launcher_config(), "the code location's would replace them unseen"
     assert {"secretRef": {"name": "sandbox-pipeline"}} in container["envFrom"]
     assert {it["name"]: it.get("value") for it in container["env"]}["DAGSTER_HOME"]
     assert [it["mountPath"] for it in container["volumeMounts"] if it["name"] == "shared"] == [

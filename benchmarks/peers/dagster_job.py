@@ -1,67 +1,75 @@
 """Stock Dagster: four ops a fork, without the store, the leases and the sandbox of this project.
 
-Usage: python -m benchmarks.peers.dagster_job REPO FORKS WIDTH in_process|multiprocess
+Usage: python -m benchmarks.peers.dagster_job JOB
 """
 
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import dagster as dg
 
-from benchmarks.peers.work import clone, in_bubblewrap
+from benchmarks.peers.work import PATCH, Job, clone, inside, remove
 
 
-@dg.op(config_schema={"repo": str, "forks": int}, out=dg.DynamicOut(str))
-def plan(context: dg.OpExecutionContext) -> Iterator[dg.DynamicOutput[str]]:
-    for number in range(context.op_config["forks"]):
-        yield dg.DynamicOutput(context.op_config["repo"], mapping_key=f"fork_{number}")
+class Settings(dg.ConfigurableResource):
+    repo: str
+    forks: int
+    command: str
+    isolation: list[str]
+
+    def run(self, folder: str, command: str) -> str:
+        argv = [*inside(self.isolation, folder), "sh", "-c", command]
+        return subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+@dg.op(out=dg.DynamicOut(int))
+def plan(job: Settings) -> Iterator[dg.DynamicOutput[int]]:
+    for number in range(job.forks):
+        yield dg.DynamicOutput(number, mapping_key=f"fork_{number}")
 
 
 @dg.op
-def create(repo: str) -> str:
-    folder = clone(repo)
-    folder._finalizer.detach()  # another process removes it
-    return folder.name
+def create(number: int, job: Settings) -> str:
+    return str(clone(job.repo))
 
 
 @dg.op
-def agent(folder: str) -> str:
-    subprocess.run(in_bubblewrap(f"{folder}/repo", "true"), check=True)
+def agent(folder: str, job: Settings) -> str:
+    job.run(folder, job.command)
     return folder
 
 
 @dg.op
-def metrics(folder: str) -> str:
-    subprocess.run(in_bubblewrap(f"{folder}/repo", "git diff HEAD"), check=True)
-    return folder
+def metrics(folder: str, job: Settings) -> tuple[str, str]:
+    return folder, job.run(folder, PATCH)
 
 
 @dg.op
-def cleanup(folder: str) -> int:
-    subprocess.run(["rm", "-rf", folder], check=True)
-    return 1
+def cleanup(done: tuple[str, str]) -> str:
+    folder, patch = done
+    remove(Path(folder))
+    return patch
 
 
 @dg.op
-def collect(done: list[int]) -> int:
-    return sum(done)
+def collect(patches: list[str]) -> list[str]:
+    return patches
 
 
-@dg.job
+@dg.job(resource_defs={"job": Settings.configure_at_launch()})
 def forks() -> None:
-    collect(plan().map(lambda repo: cleanup(metrics(agent(create(repo))))).collect())
+    collect(plan().map(lambda number: cleanup(metrics(agent(create(number))))).collect())
 
 
 def main() -> None:
-    repo, number, width, executor = sys.argv[1:]
-    execution = {"in_process": {}} if executor == "in_process" else {
-        "multiprocess": {"max_concurrent": int(width)}
-    }  # fmt: skip
+    job = Job.asked()
+    limit = {} if job.executor == "in_process" else {"max_concurrent": job.width}
+    settings = {name: getattr(job, name) for name in ("repo", "forks", "command", "isolation")}
     run_config = {
-        "execution": {"config": execution},
-        "ops": {"plan": {"config": {"repo": repo, "forks": int(number)}}},
+        "execution": {"config": {job.executor: limit}},
+        "resources": {"job": {"config": settings}},
         "loggers": {"console": {"config": {"log_level": "CRITICAL"}}},
     }
     with (
@@ -71,9 +79,9 @@ def main() -> None:
             dg.reconstructable(forks), instance=instance, run_config=run_config
         ) as result,
     ):
-        if not result.success or result.output_for_node("collect") != int(number):
-            msg = "not every fork succeeded"
-            raise SystemExit(msg)
+        if not result.success:
+            raise SystemExit("not every fork did its work")
+        job.done(result.output_for_node("collect"))
 
 
 if __name__ == "__main__":
