@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,20 +132,20 @@ def find_interpreter() -> Interpreter:
 
 
 @functools.cache
-def compiled_shim(folder: Path) -> Path:
-    """The shim as byte code where the interpreter inside takes this one's, since it is not cached.
+def shim_program() -> bytes:
+    """The shim for the interpreter inside: as byte code where that takes this one's.
 
-    Args:
-        folder: where it is kept; no sandbox can write there.
+    Python keeps no byte code of a script; compiling it would be a quarter of a sandbox's start.
     """
     source = Path(__file__).with_name("shim.py")
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     if Path(os.path.realpath(find_interpreter().program)).name != name:
-        return source
-    place = folder / f"shim.{sys.implementation.cache_tag}.pyc"
-    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
-    py_compile.compile(str(source), str(place), doraise=True, invalidation_mode=mode)
-    return place
+        return source.read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder, "shim.pyc")
+        mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+        py_compile.compile(str(source), str(place), doraise=True, invalidation_mode=mode)
+        return place.read_bytes()
 
 
 def command_line(bwrap: Path, name: str) -> list[str]:
@@ -164,7 +165,7 @@ def sandbox_options(spec: SandboxSpec, folder: Path) -> list[str]:
 
     Args:
         spec: what to create.
-        folder: the sandbox's own on the host, with `home` and `etc`.
+        folder: the sandbox's own on the host, with `home`, `etc` and `shim`.
 
     Raises:
         ProviderError: `INVALID` for a path to show inside that is missing or can't be shown.
@@ -183,7 +184,7 @@ def sandbox_options(spec: SandboxSpec, folder: Path) -> list[str]:
         options += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
     for name in etc_files(spec):
         options += ["--ro-bind", f"{folder}/etc/{name}", f"/etc/{name}"]
-    options += ["--ro-bind", str(compiled_shim(folder.parent)), SHIM_INSIDE]
+    options += ["--ro-bind", f"{folder}/shim", SHIM_INSIDE]
     options += ["--bind", f"{folder}/home", HOME]
     for mount in sorted(shown, key=lambda mount: mount.target):
         options += ["--ro-bind", mount.source, mount.target]

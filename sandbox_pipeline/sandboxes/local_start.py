@@ -78,6 +78,7 @@ class SandboxStart:
         etc.mkdir()
         for name, text in bubblewrap.etc_files(self.spec).items():
             (etc / name).write_text(text, encoding="ascii")
+        (path / "shim").write_bytes(bubblewrap.shim_program())
         options = bubblewrap.sandbox_options(self.spec, path)
         file = path / "bwrap.args"
         file.write_bytes(b"".join(os.fsencode(option) + b"\0" for option in options))
