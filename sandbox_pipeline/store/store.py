@@ -48,11 +48,16 @@ OWNING_RECORD = RECORD.with_for_update(read=True)
 CHANGED_RECORD = (
     tables.state.update()
     .where(
-        tables.state.c.key.in_(sa.bindparam("keys", expanding=True)),
+        tables.state.c.key.in_([sa.bindparam("key"), sa.bindparam("intent_key")]),
         tables.state.c.version == sa.bindparam("old_version"),
     )
     .values({column: sa.bindparam(f"new_{column.name}") for column in tables.state.c})
 )
+# Not as one list, which is put into the statement anew at each call.
+_LIVE = [sa.literal(state.value) for state in SandboxState if state is not SandboxState.GONE]
+LIVE_LEASE = (tables.state.c.kind == Lease.kind, tables.state.c.status.in_(_LIVE))
+LIVE_LEASES = sa.select(tables.state.c.value, tables.state.c.version).where(*LIVE_LEASE)
+LIVE_LEASES_OF = LIVE_LEASES.where(tables.state.c.workflow_id == sa.bindparam("workflow_id"))
 OPEN = "open"
 COMPLETE = "complete"
 SNAPSHOT_LEFT = "complete, a snapshot left"
@@ -469,20 +474,11 @@ def _check(connection: Connection, workflow_id: str, fence: Fence | None) -> Non
     fence(None if row is None else _load(Orchestration, row.value, row.version))
 
 
-def _live_lease(workflow_id: str | None) -> list[sa.ColumnElement[bool]]:
-    where = [
-        tables.state.c.kind == Lease.kind,
-        tables.state.c.status.in_([s.value for s in SandboxState if s is not SandboxState.GONE]),
-    ]
-    if workflow_id is not None:
-        where.append(tables.state.c.workflow_id == workflow_id)
-    return where
-
-
 def _leases(connection: Connection, workflow_id: str | None) -> list[Lease]:
-    rows = connection.execute(
-        sa.select(tables.state.c.value, tables.state.c.version).where(*_live_lease(workflow_id))
-    )
+    if workflow_id is None:
+        rows = connection.execute(LIVE_LEASES)
+    else:
+        rows = connection.execute(LIVE_LEASES_OF, {"workflow_id": workflow_id})
     return [_load(Lease, value, version) for value, version in rows]
 
 
@@ -517,13 +513,11 @@ def _set(connection: Connection, record: R, current: Record | None = None) -> R:
             msg = f"{record.key} exists already"
             raise ConflictError(msg) from error
     else:
-        keys = [record.key]
-        if isinstance(record, Lease):
-            keys.append(record.intent_key)
         named = {f"new_{name}": value for name, value in row.items()}
-        result = connection.execute(
-            CHANGED_RECORD, {**named, "keys": keys, "old_version": record.version}
-        )
+        named["key"] = record.key
+        named["intent_key"] = record.intent_key if isinstance(record, Lease) else record.key
+        named["old_version"] = record.version
+        result = connection.execute(CHANGED_RECORD, named)
         if result.rowcount != 1:
             msg = f"{record.key} was changed by somebody else"
             raise ConflictError(msg)
