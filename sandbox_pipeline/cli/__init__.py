@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -15,6 +16,7 @@ from sandbox_pipeline.cli.exit_codes import BAD_CONFIGURATION, CANCELLED, EXIT_C
 from sandbox_pipeline.errors import ConfigError, PipelineError
 from sandbox_pipeline.settings import Settings
 
+GC_THRESHOLD = 20_000
 COMMANDS = {
     "run": "Run an orchestration here and watch it.",
     "demo": "Run three forks on a small example repository.",
@@ -71,6 +73,8 @@ def cli() -> None:
 def main() -> None:
     """The console entry point: every expected error is one message and an exit code."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    # Imports make many objects and no garbage: looking for it was a sixth of the start's CPU.
+    gc.set_threshold(GC_THRESHOLD, 20, 20)
     try:
         level = Settings.from_environ(os.environ).log_level
         logging.getLogger("sandbox_pipeline").setLevel(level)
