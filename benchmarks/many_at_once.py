@@ -46,7 +46,7 @@ def measure_wall(forks: int = 100, agent_seconds: int = 60, runs: int = 1) -> li
         Row(f"paid idle, agents of {agent_seconds} s, share of agent-seconds", "%", idle,
             "≤ 2 %", 2),
         Row(f"memory of the worker, {forks} live forks over the wire", "MB",
-            [it.memory_mb for it in found]),
+            [it.live_mb for it in found]),
     ]  # fmt: skip
 
 
@@ -57,12 +57,13 @@ def measure_memory(live: tuple[int, ...] = (200, 400), runs: int = 1) -> list[Ro
     for count in live:
         # Long enough for all to be alive at once.
         seconds = 20 + count // 4
-        found[count] = [
-            run_job(count, count, command=f"sleep {seconds}").memory_mb for _ in range(runs)
-        ]
+        runs_of = [run_job(count, count, command=f"sleep {seconds}") for _ in range(runs)]
+        found[count] = [it.live_mb for it in runs_of]
         target, limit = ("≤ 250 MB", 250.0) if count == 200 else ("", None)
         rows.append(Row(f"memory of the worker, {count} live forks", "MB", found[count], target,
                         limit))  # fmt: skip
+        rows.append(Row(f"memory of the worker at the end of {count} forks, with their tables",
+                        "MB", [it.memory_mb for it in runs_of]))  # fmt: skip
     if len(live) > 1:
         few, many = live[0], live[-1]
         further = [(b - a) / (many - few) for a, b in zip(found[few], found[many], strict=True)]

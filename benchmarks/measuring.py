@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -90,7 +91,8 @@ class Figures:
         wall_seconds: from the start of the process to its end.
         cpu_seconds: of all processes, those inside of sandboxes included.
         memory_mb: largest proportional set size of the run's worker, its children not counted.
-        tree_mb: the same of the worker with all its children.
+        live_mb: the same until the first fork ended.
+        tree_mb: that of the worker with all its children, at most.
         summary: what the job said of itself.
     """
 
@@ -98,6 +100,7 @@ class Figures:
     wall_seconds: float
     cpu_seconds: float
     memory_mb: float
+    live_mb: float
     tree_mb: float
     summary: Mapping[str, Any]
 
@@ -158,14 +161,23 @@ def run_job(
                 },
                 stdout=output,
             )
-        peak, tree = _watch_memory(process)
+        seen, tree = _watch_memory(process)
         wall = time.monotonic() - began
         text = answer.read_text() or '{"summary": {}, "error": "no answer"}'
         result: dict[str, Any] = json.loads(text)
         if result["summary"].get("succeeded") != forks:
             msg = f"{forks} forks: not every one succeeded: {result}"[:2000]
             raise SystemExit(msg)
-        return Figures(forks, wall, cpu.seconds(), peak / 1e6, tree / 1e6, result["summary"])
+        first_end = min(datetime.fromisoformat(it["ended_at"]) for it in result["forks"])
+        return Figures(
+            forks=forks,
+            wall_seconds=wall,
+            cpu_seconds=cpu.seconds(),
+            memory_mb=max(own for _, own in seen) / 1e6,
+            live_mb=max(own for at, own in seen if at < first_end.timestamp()) / 1e6,
+            tree_mb=tree / 1e6,
+            summary=result["summary"],
+        )
 
 
 class TreeCpu:
@@ -245,21 +257,23 @@ def cpu_of_a_tree() -> Generator[TreeCpu]:
         counter.close()
 
 
-def _watch_memory(process: subprocess.Popen[bytes]) -> tuple[int, int]:
-    peak = tree = 0
+def _watch_memory(process: subprocess.Popen[bytes]) -> tuple[list[tuple[float, int]], int]:
+    """The worker's own size at each moment, and the largest of all its tree."""
+    seen: list[tuple[float, int]] = []
+    tree = 0
     with process:
         while process.poll() is None:
             with contextlib.suppress(psutil.Error):
                 root = psutil.Process(process.pid)
                 own = root.memory_full_info().pss
-                peak = max(peak, own)
+                seen.append((time.time(), own))
                 # The sandboxes are not among them: their supervisors leave the tree.
                 for child in root.children(recursive=True):
                     with contextlib.suppress(psutil.Error):
                         own += child.memory_full_info().pss
                 tree = max(tree, own)
             time.sleep(SAMPLE_SECONDS)
-    return peak, tree
+    return seen, tree
 
 
 def _reap_orphans() -> None:

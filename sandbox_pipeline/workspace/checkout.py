@@ -36,17 +36,23 @@ GIT_ENV = {
 
 # repo.git is kept apart from the workspace: the patch is right even where the agent removed
 # or rewrote the workspace's .git, and no configuration of the workspace takes part in it.
+#
+# Both scripts may be run again where nobody knows whether they ran: a second one waits for the
+# first, and finds what it has done.
 _CHECKOUT = f"""\
 set -e
+exec 8> {STATE_DIR}/checkout.lock
+flock 8
+if [ -e {STATE_DIR}/base.index ] && ! [ -e {STATE_DIR}/{ARCHIVE} ]; then exit 0; fi
 rm -rf {STATE_DIR}/repo.git {WORKSPACE}
 cd {HOME}
 tar --extract --no-same-owner --file={STATE_DIR}/{ARCHIVE}
-rm {STATE_DIR}/{ARCHIVE}
 cd {WORKSPACE}
 printf '[user]\\n\\tname = %s\\n\\temail = %s@sandbox-pipeline.invalid\\n' \
   "$AUTHOR" "$AUTHOR" >> .git/config
 git -c core.hooksPath=/dev/null checkout --quiet -B "$BRANCH" "$COMMIT"
 cp .git/index {STATE_DIR}/base.index
+rm {STATE_DIR}/{ARCHIVE}
 """
 
 # Index and patch have names of their own: two may be at it, where a cancel is settled twice.
@@ -57,6 +63,9 @@ cd {WORKSPACE} || exit 1
 export GIT_DIR={STATE_DIR}/repo.git GIT_WORK_TREE={WORKSPACE}
 export GIT_INDEX_FILE={STATE_DIR}/index-$TOKEN
 patch={STATE_DIR}/patch-$TOKEN
+exec 8> "$patch.lock"
+flock 8
+if [ -e "$GIT_INDEX_FILE.lock" ]; then rm "$GIT_INDEX_FILE.lock"; fi
 cp {STATE_DIR}/base.index "$GIT_INDEX_FILE" 2> /dev/null || git read-tree "$COMMIT" || exit 1
 set -e
 git add --all .
@@ -86,6 +95,7 @@ async def put_repository(sandbox: Sandbox, base: Base, author: str) -> None:
             cwd=STATE_DIR,
             env={**GIT_ENV, "BRANCH": base.branch, "COMMIT": base.commit, "AUTHOR": author},
             timeout_seconds=CHECKOUT_TIMEOUT_SECONDS,
+            repeatable=True,
         )
     )
     if result.exit_code != 0:
@@ -111,6 +121,7 @@ async def take_patch(
             cwd=STATE_DIR,
             env={**GIT_ENV, "COMMIT": commit, "TOKEN": token},
             timeout_seconds=PATCH_TIMEOUT_SECONDS,
+            repeatable=True,
         )
     )
     if result.exit_code != 0:
