@@ -29,6 +29,7 @@ from sandbox_pipeline.fork_sandboxes import ForkSandboxes
 from sandbox_pipeline.journal import (
     ForkJournal,
     artifacts_of,
+    counted,
     short,
 )
 from sandbox_pipeline.orders import Stop, StoppedError, obeying
@@ -333,19 +334,23 @@ class ForkLife:
                 run_id=self._run_id,
                 provider=orchestration.provider,
                 sandbox_state=SandboxState.INTENT,
+                attempts=counted(fork.attempts, "create"),
                 timings=fork.timings.model_copy(update={"queue_seconds": queued}),
             )
 
         first = fork.started_at is None
         payload = {"queue_seconds": round(waited, 3)}
+        # The permit is taken: what is written from here to the call slows the next creation down.
         await self._journal.change(leave, "fork-started" if first else "fork-restarted", payload)
         return lease, permit
 
     async def _create(self, orchestration: Orchestration, lease: Lease, permit: int) -> Fork:
         began = time.monotonic()
 
+        already = [lease.attempt]  # by whoever took the permit
+
         async def before_attempt() -> int:
-            return await self._journal.count("create")
+            return already.pop() if already else await self._journal.count("create")
 
         async def after_failure(attempt: int, error: ProviderError) -> None:
             payload = {"attempt": attempt, "kind": error.kind.value, "reason": short(str(error))}

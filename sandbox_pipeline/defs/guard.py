@@ -121,8 +121,7 @@ class _Guard:
             logger.warning("run %s is not guarded: %s", self._run_id, error)
             return
         try:
-            while not self.over.is_set():
-                await asyncio.sleep(CONTROL_POLL_SECONDS)
+            while not await asyncio.to_thread(self.over.wait, CONTROL_POLL_SECONDS):
                 try:
                     await self._look(runtime)
                 except StoreError as error:

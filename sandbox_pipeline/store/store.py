@@ -362,13 +362,16 @@ class Store:
         return await self._run(write)
 
     async def finish_permit(self, permit: int) -> None:
-        """Say that the creation was answered, or never sent; the first word counts."""
+        """Say that the creation was just answered, or never sent; the first word counts."""
+        answered = time.monotonic()
 
         def write(connection: Connection) -> None:
+            # Others' writes may have been first.
+            at = self._now(connection) - (time.monotonic() - answered)
             connection.execute(
                 tables.permits.update()
                 .where(tables.permits.c.id == permit, tables.permits.c.finished_at.is_(None))
-                .values(finished_at=self._now(connection))
+                .values(finished_at=at)
             )
 
         await self._run(write)
