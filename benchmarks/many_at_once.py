@@ -56,7 +56,7 @@ def measure_memory(live: tuple[int, ...] = (200, 400), runs: int = 1) -> list[Ro
     found: dict[int, list[float]] = {}
     for count in live:
         # Long enough for all to be alive at once.
-        seconds = 20 + count // 4
+        seconds = 15 + count // 8
         runs_of = [run_job(count, count, command=f"sleep {seconds}") for _ in range(runs)]
         found[count] = [it.live_mb for it in runs_of]
         target, limit = ("≤ 250 MB", 250.0) if count == 200 else ("", None)

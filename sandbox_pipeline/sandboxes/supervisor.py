@@ -56,6 +56,7 @@ LONGEST_SLEEP_SECONDS = 60.0
 KILL_SECONDS = 5.0
 STDERR_KEPT_BYTES = 4096
 WALK_SHARE = 20
+NICENESS = 5
 MAX_MESSAGE_BYTES = 100_000
 MAX_FDS = 4
 TITLE_BYTES = 2048
@@ -200,6 +201,9 @@ class Supervisor:
             with contextlib.suppress(OSError):
                 # Where memory runs out, what is in a sandbox goes before what is not.
                 _write("/proc/self/oom_score_adj", "500")
+            with contextlib.suppress(OSError):
+                # Where agents want more than there is, whoever follows them all goes first.
+                os.nice(NICENESS)
             for name, value in self.rlimits:
                 _limit(name, int(value))
             os.dup2(stderr, 2)
