@@ -49,7 +49,7 @@ check: $(STAMP) ## Lint, types, layers, definitions, docs
 ui: $(STAMP) ## Open Dagster's UI on the same instance
 	@$(BIN)/sandbox-pipeline ui
 
-bench: $(STAMP) ## Measure everything that docs/performance.md tells, half an hour: RUNS=5
+bench: $(STAMP) ## Measure everything that docs/performance.md tells, 45 minutes: RUNS=5
 	$(BIN)/python -m benchmarks --runs $(or $(RUNS),5)
 
 bench-peers: $(STAMP) .venv-peers/.installed .venv-harbor/.installed ## The same work by other systems: RUNS=5

@@ -1,9 +1,8 @@
 """All benchmarks, written to benchmarks/results.md: `make bench`.
 
-Usage: python -m benchmarks [--runs 5] [--long-runs 1] [--output benchmarks/results.md]
+Usage: python -m benchmarks [--runs 5] [--output benchmarks/results.md]
 
-Takes about half an hour of an otherwise idle machine. What takes minutes a time is run
-`--long-runs` times; the number of runs is in the table.
+Takes about three quarters of an hour of an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -50,10 +49,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--long-runs", type=int, default=1)
     parser.add_argument("--output", type=Path, default=HERE / "results.md")
     arguments = parser.parse_args()
-    runs, long = arguments.runs, arguments.long_runs
+    runs = arguments.runs
     where = machine()
     rows: list[Row] = []
 
@@ -70,10 +68,10 @@ def main() -> None:
 
     keep(startup.measure(runs))
     keep(overhead.measure(100, 8, runs)[0])
-    keep(streaming.measure(runs=long))
-    keep(many_at_once.measure_memory(runs=long))
-    keep(many_at_once.measure_wall(runs=long))
-    grown, figures = growth.measure(runs=long)
+    keep(streaming.measure(runs=runs))
+    keep(many_at_once.measure_memory(runs=runs))
+    keep(many_at_once.measure_wall(runs=runs))
+    grown, figures = growth.measure(runs=runs)
     keep(grown)
     PICTURE.write_text(growth.picture(figures), encoding="utf-8")
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Set as AbstractSet
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import dagster as dg
 from dagster._core.definitions.executor_definition import (
     _core_multiprocess_executor_creation,
     multiple_process_executor_requirements,
 )
+from dagster._core.definitions.scoped_resources_builder import Resources, ScopedResourcesBuilder
 from dagster._core.errors import DagsterExecutionInterruptedError
 from dagster._core.execution.retries import RetryMode
 from dagster._core.execution.step_dependency_config import StepDependencyConfig
@@ -52,6 +54,7 @@ class CancellableAsyncExecutor(AsyncExecutor):
     async def _async_execution_iterator(
         self, job_context: PlanExecutionContext, active: ActiveExecution
     ) -> AsyncIterator[dg.DagsterEvent]:
+        _make_resources_once(job_context)
         events: asyncio.Queue[dg.DagsterEvent] = asyncio.Queue()
         tasks: set[asyncio.Task[None]] = set()
         interrupted = asyncio.Event()
@@ -139,6 +142,34 @@ class CancellableAsyncExecutor(AsyncExecutor):
                 step_events.append(event)
             async for event in _trigger_hook(step_context, step_events):
                 events.put_nowait(event)
+
+
+class _ResourcesMadeOnce(ScopedResourcesBuilder):
+    """Dagster makes two classes for the resources of a step, of its output and of their types.
+
+    For each step anew, which was a twentieth of the loop's time; what they give is the same.
+    """
+
+    def __new__(cls, builder: ScopedResourcesBuilder) -> Self:
+        """As the given one."""
+        made = super().__new__(cls, *builder)
+        made.known = {}
+        return made
+
+    known: dict[frozenset[str], Resources]
+
+    def build(self, required_resource_keys: AbstractSet[str] | None) -> Resources:
+        """See `ScopedResourcesBuilder.build`."""
+        keys = frozenset(required_resource_keys or ())
+        if keys not in self.known:
+            self.known[keys] = super().build(keys)
+        return self.known[keys]
+
+
+def _make_resources_once(job_context: PlanExecutionContext) -> None:
+    data = job_context._execution_data
+    builder = _ResourcesMadeOnce(data.scoped_resources_builder)
+    job_context._execution_data = data._replace(scoped_resources_builder=builder)
 
 
 async def _watch(tasks: set[asyncio.Task[None]], interrupted: asyncio.Event) -> None:
