@@ -211,9 +211,9 @@ async def interrupt(sandbox: Sandbox, name: str, *, wait_seconds: float = 0.0) -
 
 
 def _quoted(text: str) -> str:
-    """A word of the script; the home in it is the script's argument, since it may be elsewhere.
+    """A word of the script; the home in it is the script's argument.
 
-    Without isolation the local provider translates what commands mention, but no files.
+    Without isolation it is elsewhere, where its name may hold what would end a quoted word.
     """
     escaped = text.replace("'", "'\"'\"'")
     return "'" + _HOME_MENTIONED.sub("'\"$home\"'", escaped) + "'"
@@ -259,12 +259,14 @@ class _Following:
         self, silence: _Silence, between: Callable[[], Awaitable[None]]
     ) -> Finished:
         longest = self._job.timeout_seconds + KILL_AFTER_SECONDS + OVERDUE_SECONDS
-        started = False
+        asked = started = False
         while True:
             seconds = min(WAIT_SECONDS, silence.left_seconds())
-            sizes, ended = await self._look(seconds, start=not started)
+            sizes, ended = await self._look(seconds, start=not asked)
+            asked = True
             for stream, size in sizes.items():
-                await self._read_on(stream, size)
+                # The agent can write to the files itself; what is kept of them has a bound.
+                await self._read_on(stream, min(size, self._job.max_output_bytes))
             if ended:
                 return _finished(ended, self._job)
             started = started or bool(sizes)
@@ -315,10 +317,10 @@ class _Following:
 
     async def _read_on(self, stream: str, size: int) -> None:
         path = f"{self._folder}/{stream}"
-        while self._offsets[stream] < size:
+        while (left := size - self._offsets[stream]) > 0:
             try:
                 chunk = await self._sandbox.read(
-                    path, offset=self._offsets[stream], max_bytes=CHUNK_BYTES
+                    path, offset=self._offsets[stream], max_bytes=min(left, CHUNK_BYTES)
                 )
             except FileNotFoundError:
                 return
