@@ -126,6 +126,9 @@ class VirtualStore(Store):
         return await super().take_permit(scope, starts, window_ms)
 
     def _now(self, connection: Connection) -> float:
+        return self._monotonic()
+
+    def _monotonic(self) -> float:
         return asyncio.get_running_loop().time()
 
     async def _run(self, work: Callable[[Connection], T], *, write: bool = True) -> T:

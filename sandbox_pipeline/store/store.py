@@ -363,11 +363,11 @@ class Store:
 
     async def finish_permit(self, permit: int) -> None:
         """Say that the creation was just answered, or never sent; the first word counts."""
-        answered = time.monotonic()
+        answered = self._monotonic()
 
         def write(connection: Connection) -> None:
             # Others' writes may have been first.
-            at = self._now(connection) - (time.monotonic() - answered)
+            at = self._now(connection) - (self._monotonic() - answered)
             connection.execute(
                 tables.permits.update()
                 .where(tables.permits.c.id == permit, tables.permits.c.finished_at.is_(None))
@@ -454,6 +454,9 @@ class Store:
                 ).scalar_one()
             )
         return time.time()
+
+    def _monotonic(self) -> float:
+        return time.monotonic()
 
     async def _run(self, work: Callable[[Connection], T], *, write: bool = True) -> T:
         def call() -> T:

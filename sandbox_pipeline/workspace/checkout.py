@@ -51,13 +51,14 @@ cd {WORKSPACE}
 printf '[user]\\n\\tname = %s\\n\\temail = %s@sandbox-pipeline.invalid\\n' \
   "$AUTHOR" "$AUTHOR" >> .git/config
 git -c core.hooksPath=/dev/null checkout --quiet -B "$BRANCH" "$COMMIT"
-cp .git/index {STATE_DIR}/base.index
+cp -p .git/index {STATE_DIR}/base.index
 rm {STATE_DIR}/{ARCHIVE}
 """
 
 # Index and patch have names of their own: two may be at it, where a cancel is settled twice.
 # The index of the checkout knows which files are as they were; one made anew, where the agent
-# removed that, has to read them all.
+# removed or spoilt that, has to read them all. Its own time is kept with it: by that git knows
+# which it must read, because they may have changed in the very second they were written in.
 _PATCH = f"""\
 cd {WORKSPACE} || exit 1
 export GIT_DIR={STATE_DIR}/repo.git GIT_WORK_TREE={WORKSPACE}
@@ -66,9 +67,12 @@ patch={STATE_DIR}/patch-$TOKEN
 exec 8> "$patch.lock"
 flock 8
 if [ -e "$GIT_INDEX_FILE.lock" ]; then rm "$GIT_INDEX_FILE.lock"; fi
-cp {STATE_DIR}/base.index "$GIT_INDEX_FILE" 2> /dev/null || git read-tree "$COMMIT" || exit 1
 set -e
-git add --all .
+if ! {{ cp -p {STATE_DIR}/base.index "$GIT_INDEX_FILE" && git add --all .; }} 2> /dev/null; then
+  rm -f "$GIT_INDEX_FILE" "$GIT_INDEX_FILE.lock"
+  git read-tree "$COMMIT"
+  git add --all .
+fi
 git diff --cached --binary --no-ext-diff --no-textconv --no-color "$COMMIT" > "$patch"
 if [ -s "$patch" ]; then
   git diff --cached --no-ext-diff --shortstat "$COMMIT"
