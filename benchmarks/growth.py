@@ -8,6 +8,7 @@ Afterwards the UI is asked for the largest run, as its page does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -80,7 +81,11 @@ def seconds_to_open(home: Path) -> float:
     with (
         log,
         subprocess.Popen(
-            argv, env={**os.environ, "DAGSTER_HOME": str(home)}, stdout=log, stderr=log
+            argv,
+            env={**os.environ, "DAGSTER_HOME": str(home)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         ) as ui,
     ):
         try:
@@ -105,10 +110,11 @@ def seconds_to_open(home: Path) -> float:
             return seconds
         finally:
             ui.send_signal(signal.SIGINT)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 ui.wait(10)
-            except subprocess.TimeoutExpired:
-                ui.kill()
+            # Left over, its servers would be waited for by the next run.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(ui.pid, signal.SIGKILL)
 
 
 def _ask(url: str, query: str, variables: dict[str, str]) -> dict[str, Any]:
