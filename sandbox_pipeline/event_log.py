@@ -143,8 +143,7 @@ class PooledSqliteEventLogStorage(SqliteEventLogStorage):
         Raises:
             DBAPIError: it can't be written, and is pending still.
         """
-        if not self._pending:
-            return
+        # Also where nothing is pending: somebody else may be about to write what was.
         with self._flush_lock:
             with self._pending_lock:
                 events, self._pending = self._pending, []

@@ -9,6 +9,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -86,6 +87,27 @@ def test_others_see_an_event_without_anybody_asking(
     while len(read_file(tmp_path / "runs")) < 2:
         assert time.monotonic() < end, "the writer wrote nothing"
         time.sleep(0.01)
+
+
+class Slow(PooledSqliteEventLogStorage):
+    """Takes its time between taking an event and writing it."""
+
+    def _event_to_row(self, event: dg.EventLogEntry) -> dict[str, Any]:
+        time.sleep(0.3)
+        return super()._event_to_row(event)
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_what_the_writer_has_taken_comes_first(tmp_path: Path, *, is_read: bool) -> None:
+    storage = Slow(str(tmp_path / "runs"))
+    storage.store_event(entry("first"))
+    while storage._pending:
+        time.sleep(0.005)
+    if not is_read:
+        end = dg.DagsterEvent(DagsterEventType.RUN_SUCCESS.value, job_name="j")
+        storage.store_event(entry("end", event=end))
+    assert read(storage)[0] == "first"
+    storage.dispose()
 
 
 def test_what_cannot_be_written_is_told_and_kept(
