@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
 import logging
 import secrets
@@ -131,13 +130,13 @@ async def create(
         attempt = await before_attempt()
         if pending is None:
             pending = await wait_for_permit(runtime, orchestration)
-        answered = functools.partial(_finish_permit, runtime, pending)
+        used = _Permit(runtime, pending)
         # A server may remember a failure by the key, and would repeat it.
         key = f"{lease.lease_id}-{attempt}"
-        spec = replace(spec, idempotency_key=key, on_answer=answered)
+        spec = replace(spec, idempotency_key=key, on_answer=used.finish)
         try:
             once = _create_once(runtime, lease, spec, retry)
-            live, sandbox = await shielded(_permitted(once, answered))
+            live, sandbox = await shielded(_permitted(once, used))
         except ProviderError as error:
             pending = None
             try:
@@ -317,21 +316,32 @@ async def shielded(work: Coroutine[Any, Any, T]) -> T:
         raise
 
 
-async def _permitted(
-    call: Callable[[], Awaitable[T]], answered: Callable[[], Awaitable[None]]
-) -> T:
+class _Permit:
+    """Leave for one creation, which counts until it is answered."""
+
+    def __init__(self, runtime: Runtime, number: int) -> None:
+        self._store = runtime.store
+        self._number = number
+        self._finished = False
+
+    async def finish(self) -> None:
+        """Say that the creation was just answered, unless that was said."""
+        if self._finished:
+            return
+        try:
+            await self._store.finish_permit(self._number)
+        except StoreError as error:
+            # It expires by itself; what came of the creation matters more.
+            logger.warning("permit %d: %s", self._number, error)
+        else:
+            self._finished = True
+
+
+async def _permitted(call: Callable[[], Awaitable[T]], permit: _Permit) -> T:
     try:
         return await call()
     finally:
-        await answered()
-
-
-async def _finish_permit(runtime: Runtime, permit: int) -> None:
-    try:
-        await runtime.store.finish_permit(permit)
-    except StoreError as error:
-        # It expires by itself; what came of the creation matters more.
-        logger.warning("permit %d: %s", permit, error)
+        await permit.finish()
 
 
 async def _marks(runtime: Runtime, lease: Lease) -> dict[str, str]:
