@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from sandbox_pipeline.config import OrchestrationConfig, parse_config
+from sandbox_pipeline.config import OrchestrationConfig, SandboxConfig, parse_config
 from sandbox_pipeline.instance import ensure_home
 from sandbox_pipeline.runtime import Runtime
+from sandbox_pipeline.sandboxes.base import Sandbox, SandboxSpec
 from sandbox_pipeline.sandboxes.local import LocalProvider
 from sandbox_pipeline.settings import Settings
 from sandbox_pipeline.store import Store
@@ -72,6 +73,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 async def provider(home: Path) -> FaultyProvider:
     return FaultyProvider(LocalProvider(home / "sandboxes"))
+
+
+@pytest.fixture
+async def local_sandbox(tmp_path: Path) -> AsyncIterator[Sandbox]:
+    """An empty local sandbox."""
+    local = LocalProvider(tmp_path / "sandboxes")
+    spec = SandboxSpec("one", {"app": "test"}, 120, "none", SandboxConfig())
+    made = await local.create(spec)
+    yield made
+    await local.kill(made.sandbox_id)
 
 
 @pytest.fixture

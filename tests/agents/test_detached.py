@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
 from sandbox_pipeline.agents.detached import MAX_RUNNER_BYTES, Finished, Job, run_detached
-from sandbox_pipeline.config import SandboxConfig
-from sandbox_pipeline.conformance.providers import sample_metadata
 from sandbox_pipeline.errors import AgentError
 from sandbox_pipeline.sandboxes.base import (
     STATE_DIR,
@@ -18,9 +14,7 @@ from sandbox_pipeline.sandboxes.base import (
     CommandResult,
     Resources,
     Sandbox,
-    SandboxSpec,
 )
-from sandbox_pipeline.sandboxes.local import LocalProvider
 
 JOB = "agent-1"
 FOLDER = f"{STATE_DIR}/{JOB}"
@@ -54,12 +48,8 @@ class Counted:
 
 
 @pytest.fixture
-async def sandbox(tmp_path: Path) -> AsyncIterator[Counted]:
-    provider = LocalProvider(tmp_path / "sandboxes")
-    spec = SandboxSpec("one", sample_metadata("one"), 120, "none", SandboxConfig())
-    made = await provider.create(spec)
-    yield Counted(made)
-    await provider.kill(made.sandbox_id)
+def sandbox(local_sandbox: Sandbox) -> Counted:
+    return Counted(local_sandbox)
 
 
 async def follow(

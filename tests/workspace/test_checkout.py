@@ -5,17 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from sandbox_pipeline.config import SandboxConfig
-from sandbox_pipeline.conformance.providers import sample_metadata
 from sandbox_pipeline.records import Patch
 from sandbox_pipeline.redaction import Redactor
-from sandbox_pipeline.sandboxes.base import STATE_DIR, WORKSPACE, Command, Sandbox, SandboxSpec
-from sandbox_pipeline.sandboxes.local import LocalProvider
+from sandbox_pipeline.sandboxes.base import STATE_DIR, WORKSPACE, Command, Sandbox
 from sandbox_pipeline.workspace.checkout import put_repository, take_patch
 from sandbox_pipeline.workspace.mirror import Base, pin
 from sandbox_pipeline.workspace.source import check_source
@@ -24,16 +20,6 @@ from sandbox_pipeline.workspace.source import check_source
 @pytest.fixture
 async def base(repo: Path, tmp_path: Path) -> Base:
     return await pin(check_source(str(repo)), None, tmp_path / "base", os.environ)
-
-
-@pytest.fixture
-async def sandbox(tmp_path: Path) -> AsyncIterator[Sandbox]:
-    provider = LocalProvider(tmp_path / "sandboxes")
-    made = await provider.create(
-        SandboxSpec("one", sample_metadata("one"), 120, "none", SandboxConfig())
-    )
-    yield made
-    await provider.kill(made.sandbox_id)
 
 
 async def patch_of(sandbox: Sandbox, base: Base, folder: Path) -> tuple[Patch, str]:
@@ -49,25 +35,25 @@ async def sh(sandbox: Sandbox, script: str) -> str:
 
 
 async def test_a_change_of_the_same_size_in_the_second_of_the_checkout_is_seen(
-    sandbox: Sandbox, base: Base, tmp_path: Path
+    local_sandbox: Sandbox, base: Base, tmp_path: Path
 ) -> None:
     # From here to the change is all in one second, unless the machine is very slow.
     await asyncio.sleep(1 - time.time() % 1)
-    await put_repository(sandbox, base, "fork-0")
+    await put_repository(local_sandbox, base, "fork-0")
     before = await sh(
-        sandbox, "cat README.md; tr a-z b-za < README.md > n; cat n > README.md; rm n"
+        local_sandbox, "cat README.md; tr a-z b-za < README.md > n; cat n > README.md; rm n"
     )
     await asyncio.sleep(1.1)
-    patch, text = await patch_of(sandbox, base, tmp_path)
+    patch, text = await patch_of(local_sandbox, base, tmp_path)
     assert patch.files_changed == 1
     assert f"-{before.splitlines()[0]}" in text
 
 
 async def test_an_untouched_workspace_has_no_patch(
-    sandbox: Sandbox, base: Base, tmp_path: Path
+    local_sandbox: Sandbox, base: Base, tmp_path: Path
 ) -> None:
-    await put_repository(sandbox, base, "fork-0")
-    patch, text = await patch_of(sandbox, base, tmp_path)
+    await put_repository(local_sandbox, base, "fork-0")
+    patch, text = await patch_of(local_sandbox, base, tmp_path)
     assert (patch.size_bytes, text) == (0, "")
 
 
@@ -76,23 +62,23 @@ async def test_an_untouched_workspace_has_no_patch(
     ["true", f"rm {STATE_DIR}/base.index", f"echo x > {STATE_DIR}/base.index", "rm -rf .git"],
 )
 async def test_whatever_becomes_of_git_the_patch_is_right(
-    sandbox: Sandbox, base: Base, tmp_path: Path, deed: str
+    local_sandbox: Sandbox, base: Base, tmp_path: Path, deed: str
 ) -> None:
-    await put_repository(sandbox, base, "fork-0")
-    await sh(sandbox, f"echo more >> README.md; echo new > added; {deed}")
-    patch, text = await patch_of(sandbox, base, tmp_path)
+    await put_repository(local_sandbox, base, "fork-0")
+    await sh(local_sandbox, f"echo more >> README.md; echo new > added; {deed}")
+    patch, text = await patch_of(local_sandbox, base, tmp_path)
     assert patch.files_changed == 2
     assert "+more" in text
     assert "+new" in text
 
 
 async def test_putting_it_there_again_changes_nothing_once_it_is_there(
-    sandbox: Sandbox, base: Base, tmp_path: Path
+    local_sandbox: Sandbox, base: Base, tmp_path: Path
 ) -> None:
-    await put_repository(sandbox, base, "fork-0")
-    await sh(sandbox, "echo mine > mine")
-    await put_repository(sandbox, base, "fork-0")
+    await put_repository(local_sandbox, base, "fork-0")
+    await sh(local_sandbox, "echo mine > mine")
+    await put_repository(local_sandbox, base, "fork-0")
     # A new one was sent, so that it was wanted anew.
-    assert await sh(sandbox, "ls") == await sh(sandbox, "git ls-files")
-    assert await sh(sandbox, "git config user.name") == "fork-0\n"
-    assert (await sh(sandbox, "git rev-parse HEAD")).strip() == base.commit
+    assert await sh(local_sandbox, "ls") == await sh(local_sandbox, "git ls-files")
+    assert await sh(local_sandbox, "git config user.name") == "fork-0\n"
+    assert (await sh(local_sandbox, "git rev-parse HEAD")).strip() == base.commit
