@@ -13,6 +13,7 @@ from sandbox_pipeline.sandboxes.base import SandboxSpec
 from sandbox_pipeline.sandboxes.launcher import LAUNCHER
 from sandbox_pipeline.sandboxes.limits import plan_limits
 from sandbox_pipeline.sandboxes.local_folder import Meta, SandboxFolder
+from sandbox_pipeline.sandboxes.spreading import spread_out
 
 
 class SandboxStart:
@@ -37,6 +38,7 @@ class SandboxStart:
     def claim(self, root: Path) -> bool:
         """Take the folder, write down what it is for; False when the sandbox exists already."""
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        spread_out(root)
         self._lock = self.folder.claim()
         if self._lock is None:
             return False

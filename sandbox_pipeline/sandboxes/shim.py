@@ -2,8 +2,9 @@
 
 Started as `python3 -I -S shim.py LISTEN_FD LIFELINE_FD NAME [direct]`; standard library only,
 Python >= 3.9, few imports, since every sandbox pays for them. Nothing inside can reach the socket
-by a path. Each connection carries one request and is served by a process of its own, so that none
-blocks another; only what takes no time is answered at once. NAME is there to be found by.
+by a path. Each connection carries one request, and none blocks another: one loop follows all
+commands, what takes no time is answered at once, and what is large is moved by a process of its
+own. NAME is there to be found by.
 
 A message is a 4-byte length of a JSON header, an 8-byte length of a body (both big-endian), the
 header, the body. A request's header has `op`; an answer's has `error` where the request failed.
@@ -48,7 +49,6 @@ GRACE_SECONDS = 1.0
 EXIT_TIMED_OUT = 124
 EXIT_NOT_EXECUTABLE = 126
 EXIT_NOT_FOUND = 127
-NO_PROCESS = "Resource temporarily unavailable"
 SHIM_PID = os.getpid()
 AT_ONCE_MS = 5
 SMALL_REQUEST_BYTES = 8192
@@ -109,26 +109,26 @@ def main() -> None:
     lifeline = int(sys.argv[2])
     direct = _is_direct()
     listener.settimeout(None)
-    poll = select.poll()
-    for fd in (listener.fileno(), lifeline):
-        os.set_inheritable(fd, False)
-        poll.register(fd, select.POLLIN)
     if direct:
         _descendants().become_subreaper()
-    signal.signal(signal.SIGCHLD, _reap)
+    for fd in (listener.fileno(), lifeline):
+        os.set_inheritable(fd, False)
+    runs = _Runs(listener.fileno(), lifeline)
     while True:
-        ready = [fd for fd, _ in poll.poll()]
+        ready = runs.step()
         if lifeline in ready:
             if direct:
                 _descendants().kill_descendants()
             return
+        if listener.fileno() not in ready:
+            continue
         try:
             # Its own accept is made by the module socket.
             connection = Socket(fileno=listener._accept()[0])  # pyright: ignore[reportAttributeAccessIssue, reportUnknownArgumentType]
         except OSError:
             time.sleep(0.05)
             continue
-        _serve_apart(connection, listener)
+        _serve_apart(connection, listener, runs)
 
 
 def _is_direct() -> bool:
@@ -166,16 +166,13 @@ def _stat_fields(pid: str) -> list[str]:
         return file.read().rpartition(")")[2].split()
 
 
-def _reap(_signum: int, _frame: object) -> None:
-    with Ignored(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-
-
-def _serve_apart(connection: Socket, listener: Socket) -> None:
+def _serve_apart(connection: Socket, listener: Socket, runs: _Runs) -> None:
     request = None
-    with Ignored(OSError, EOFError, ValueError):
+    with Ignored(OSError, EOFError, ValueError, TypeError, KeyError):
         request = _small_request(connection)
+        if request is not None and request[0]["op"] == "run":
+            runs.add(_Run(connection, *request))
+            return
         if request is not None and _serve_at_once(connection, *request):
             connection.close()
             return
@@ -183,7 +180,7 @@ def _serve_apart(connection: Socket, listener: Socket) -> None:
         pid = os.fork()
     except OSError:
         # No further process is allowed: files can still be read and written from here.
-        _serve(connection, request, may_fork=False)
+        _serve(connection, request, runs)
         connection.close()
         return
     if pid:
@@ -191,7 +188,8 @@ def _serve_apart(connection: Socket, listener: Socket) -> None:
         return
     try:
         listener.close()
-        _serve(connection, request, may_fork=True)
+        runs.forget()
+        _serve(connection, request, _Runs())
     finally:
         os._exit(0)
 
@@ -244,42 +242,46 @@ def _serve_at_once(connection: Socket, request: Message, body: bytes) -> bool:
     return False
 
 
-def _serve(connection: Socket, request: tuple[Message, bytes] | None, *, may_fork: bool) -> None:
+def _serve(connection: Socket, request: tuple[Message, bytes] | None, runs: _Runs) -> None:
+    """Receive what is left of a request, and answer it."""
     with Ignored(OSError, EOFError):
         connection.settimeout(TRANSFER_SECONDS)
         try:
-            if request is not None:
-                header, body = _answer(connection, *request, may_fork=may_fork)
-            else:
-                header, body = _received(connection, may_fork=may_fork)
+            if request is None:
+                header_length, left = LENGTHS.unpack(_receive(connection, LENGTHS.size))
+                header = _parsed(_receive(connection, header_length))
+                if header["op"] == "write":
+                    _write_received(connection, header["path"], left)
+                    request = {"op": "ping"}, b""
+                else:
+                    request = header, _receive(connection, left)
+            if request[0]["op"] == "run":
+                runs.follow(_Run(connection, *request))
+                return
+            answer, body = _answer(*request)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            header, body = _failure(error), b""
-        _send(connection, header, body)
+            answer, body = _failure(error), b""
+        _send(connection, answer, body)
 
 
-def _received(connection: Socket, *, may_fork: bool) -> tuple[Message, bytes]:
-    """Receive a request and answer it; a file's content is written as it comes."""
-    header_length, left = LENGTHS.unpack(_receive(connection, LENGTHS.size))
-    request = _parsed(_receive(connection, header_length))
-    if request["op"] != "write":
-        return _answer(connection, request, _receive(connection, left), may_fork=may_fork)
+def _write_received(connection: Socket, path: str, length: int) -> None:
+    """Write a file's content as it comes."""
 
     def parts() -> Iterator[bytes]:
-        nonlocal left
-        while left:
-            part = _receive(connection, min(left, 1 << 20))
-            left -= len(part)
+        nonlocal length
+        while length:
+            part = _receive(connection, min(length, 1 << 20))
+            length -= len(part)
             yield part
 
     content = parts()
     try:
-        _write(request["path"], content)
+        _write(path, content)
     except OSError:
         # The host sends all before it listens to the answer.
         for _ in content:
             pass
         raise
-    return {}, b""
 
 
 def _failure(error: Exception) -> Message:
@@ -288,19 +290,22 @@ def _failure(error: Exception) -> Message:
     return {"error": "EINVAL", "message": str(error)}
 
 
-def _send(connection: Socket, header: Message, body: bytes) -> None:
+def _message(header: Message, body: bytes) -> bytes:
     data = _written(header)
-    connection.sendall(LENGTHS.pack(len(data), len(body)) + data + body)
+    return LENGTHS.pack(len(data), len(body)) + data + body
 
 
-def _answer(
-    connection: Socket, request: Message, body: bytes, *, may_fork: bool
-) -> tuple[Message, bytes]:
+def _send(connection: Socket, header: Message, body: bytes) -> None:
+    connection.sendall(_message(header, body))
+
+
+def _answer(request: Message, body: bytes) -> tuple[Message, bytes]:
     op = request["op"]
-    if op == "run":
-        return _Run(connection, request, body).result(may_fork=may_fork)
     if op == "read":
         return {}, _read(request["path"], request["offset"], request["max"])
+    if op == "write":
+        _write(request["path"], (body,))
+        return {}, b""
     if op == "resources":
         return {"cpu_seconds": _cpu_seconds()}, b""
     if op == "ping":
@@ -379,174 +384,276 @@ class _Stream:
     """One output of a command, kept up to a bound."""
 
     def __init__(self, limit: int) -> None:
-        self.read_fd, self.write_fd = os.pipe()
-        os.set_blocking(self.read_fd, False)
+        self.fd = -1
         self.kept = bytearray()
         self.limit = limit
         self.truncated = False
 
-    def pull(self) -> bool:
-        """Take what is there; False at the end."""
+    def open(self) -> int:
+        """The end that the command writes to."""
+        self.fd, write_fd = os.pipe()
+        os.set_blocking(self.fd, False)
+        return write_fd
+
+    def pull(self) -> None:
+        """Take what is there; closed at the end."""
         try:
-            data = os.read(self.read_fd, CHUNK)
+            data = os.read(self.fd, CHUNK)
         except BlockingIOError:
-            return True
+            return
         room = self.limit - len(self.kept)
         self.kept += data[:room]
         self.truncated = self.truncated or len(data) > room
-        return bool(data)
+        if not data:
+            self.close()
+
+    def close(self) -> None:
+        """Take no more."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class _Run:
-    """One command, from its start to the answer."""
+    """One command, from its start to the answer.
+
+    Attributes:
+        end: when its time is over; once it has ended, when no more of its output is waited for;
+            once it is being answered, when the host takes too long.
+    """
 
     def __init__(self, connection: Socket, request: Message, stdin: bytes) -> None:
         self.connection = connection
         self.request = request
         self.stdin = memoryview(stdin)
+        self.stdin_fd = -1
+        limit: int = request["max_output"]
+        self.out, self.err = _Stream(limit), _Stream(limit)
+        self.pid = 0
         self.exit_code: int | None = None
         self.timed_out = False
-        self.poll = select.poll()
+        self.answer: memoryview | None = None
+        self.end = time.monotonic() + float(request["timeout"])
+        self.last_end = 0.0
 
-    def result(self, *, may_fork: bool) -> tuple[Message, bytes]:
-        """Run it and say what came of it."""
-        limit: int = self.request["max_output"]
-        self.streams = {stream.read_fd: stream for stream in (_Stream(limit), _Stream(limit))}
-        out, err = self.streams.values()
-        if not may_fork:
-            self._refuse(err, EXIT_NOT_EXECUTABLE, NO_PROCESS)
-        else:
-            try:
-                self._start(out, err)
-            except OSError as error:
-                self._refuse(err, _code_of(error, self.request), str(error))
-            except (ValueError, TypeError, IndexError) as error:
-                self._refuse(err, EXIT_NOT_EXECUTABLE, str(error))
-            else:
-                self._follow()
-        header: Message = {
-            "exit_code": EXIT_TIMED_OUT if self.timed_out else self.exit_code,
-            "timed_out": self.timed_out,
-            "truncated": out.truncated or err.truncated,
-            "stdout": len(out.kept),
-        }
-        return header, bytes(out.kept + err.kept)
-
-    def _refuse(self, err: _Stream, code: int, reason: str) -> None:
-        self.exit_code = code
-        said = f"sandbox: cannot start a process: {reason}\n"
-        err.kept += said.encode("utf-8", "surrogateescape")[: err.limit]
-
-    def _start(self, out: _Stream, err: _Stream) -> None:
-        self.deadline = time.monotonic() + float(self.request["timeout"])
-        self.wake_fd, wake = os.pipe()
-        for fd in (self.wake_fd, wake):
-            os.set_blocking(fd, False)
-        signal.signal(signal.SIGCHLD, lambda _signum, _frame: None)
-        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        stdin, self.stdin_fd = os.pipe()
-        self.pid = _spawn(self.request, (stdin, out.write_fd, err.write_fd))
-        for fd in (stdin, out.write_fd, err.write_fd):
-            os.close(fd)
-        os.set_blocking(self.stdin_fd, False)
-        for fd in (self.wake_fd, self.connection.fileno(), *self.streams):
-            self.poll.register(fd, select.POLLIN)
-        self.poll.register(self.stdin_fd, select.POLLOUT)
+    def start(self) -> None:
+        """Start the command; one that can't be started ends with the exit code of a shell."""
+        self.connection.setblocking(False)
+        fds: list[int] = []
+        try:
+            stdin, self.stdin_fd = os.pipe()
+            fds.append(stdin)
+            os.set_blocking(self.stdin_fd, False)
+            fds += [stream.open() for stream in (self.out, self.err)]
+            self.pid = _spawn(self.request, fds)
+        except OSError as error:
+            self._refuse(_code_of(error, self.request), str(error))
+        except (ValueError, TypeError, IndexError) as error:
+            self._refuse(EXIT_NOT_EXECUTABLE, str(error))
+        finally:
+            for fd in fds:
+                os.close(fd)
         self._feed()
 
-    def _follow(self) -> None:
-        """Move the data until the command ended and its output, or our patience, did too."""
-        idle_end = hard_end = 0.0
-        while self.exit_code is None or self.streams_open():
-            now = time.monotonic()
-            if self.exit_code is None and now >= self.deadline:
-                self.timed_out = True
-                self._kill()
-            elif self.exit_code is not None and now >= min(idle_end, hard_end):
-                return
-            end = self.deadline if self.exit_code is None else min(idle_end, hard_end)
-            moved = self._step(max(0.0, end - now))
-            if self.exit_code is not None:
-                hard_end = hard_end or time.monotonic() + GRACE_SECONDS
-                if moved or not idle_end:
-                    idle_end = time.monotonic() + IDLE_GRACE_SECONDS
+    def interests(self) -> list[tuple[int, int]]:
+        """What to wait for: descriptors and events."""
+        if self.answer is not None:
+            return [(self.connection.fileno(), select.POLLOUT)]
+        fds = [self.connection.fileno(), *(it.fd for it in (self.out, self.err) if it.fd >= 0)]
+        wanted = [(fd, select.POLLIN) for fd in fds]
+        return wanted if self.stdin_fd < 0 else [*wanted, (self.stdin_fd, select.POLLOUT)]
 
-    def streams_open(self) -> bool:
-        return any(stream.write_fd >= 0 for stream in self.streams.values())
-
-    def _step(self, seconds: float) -> bool:
-        moved = False
-        for fd, _event in self.poll.poll(seconds * 1000):
-            if fd in self.streams:
-                moved = True
-                if not self.streams[fd].pull():
-                    self.streams[fd].write_fd = -1
-                    self.poll.unregister(fd)
-            elif fd == self.stdin_fd:
-                self._feed()
-            elif fd == self.wake_fd:
-                os.read(fd, CHUNK)
-                self._reap()
-            else:
+    def advance(self, ready: set[int]) -> bool:
+        """Do what can be done now; False once there is no more to do."""
+        if self.answer is None:
+            if self.connection.fileno() in ready:
                 # The host hung up: nobody waits for this command any more.
                 self._kill()
-                raise EOFError
-        return moved
+                return False
+            for stream in (self.out, self.err):
+                if stream.fd in ready:
+                    stream.pull()
+                    if self.exit_code is not None:
+                        self.end = min(time.monotonic() + IDLE_GRACE_SECONDS, self.last_end)
+            if self.stdin_fd in ready:
+                self._feed()
+            if time.monotonic() >= self.end:
+                self._stop_waiting()
+            if self.exit_code is None or self.out.fd >= 0 or self.err.fd >= 0:
+                return True
+            self._conclude()
+        return self._send() and time.monotonic() < self.end
+
+    def ended(self, code: int) -> None:
+        """It has this exit code; what still writes its output is waited for, but not long."""
+        if self.exit_code is None:
+            self.exit_code = code
+            self.last_end = time.monotonic() + GRACE_SECONDS
+            self.end = time.monotonic() + IDLE_GRACE_SECONDS
+
+    def close(self) -> None:
+        """Let go of all descriptors."""
+        for stream in (self.out, self.err):
+            stream.close()
+        self._close_stdin()
+        self.connection.close()
+
+    def _refuse(self, code: int, reason: str) -> None:
+        said = f"sandbox: cannot start a process: {reason}\n"
+        self.err.kept += said.encode("utf-8", "surrogateescape")[: self.err.limit]
+        self.ended(code)
 
     def _feed(self) -> None:
         try:
-            while self.stdin:
+            while self.stdin and self.stdin_fd >= 0:
                 self.stdin = self.stdin[os.write(self.stdin_fd, self.stdin[:CHUNK]) :]
         except BlockingIOError:
             return
         except OSError:
             self.stdin = self.stdin[:0]
-        self.poll.unregister(self.stdin_fd)
-        os.close(self.stdin_fd)
-        self.stdin_fd = -1
+        self._close_stdin()
 
-    def _reap(self) -> None:
+    def _close_stdin(self) -> None:
+        if self.stdin_fd >= 0:
+            os.close(self.stdin_fd)
+            self.stdin_fd = -1
+
+    def _stop_waiting(self) -> None:
         if self.exit_code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                code = os.waitstatus_to_exitcode(status)
-                self.exit_code = code if code >= 0 else 128 - code
+            self.timed_out = True
+            self._kill()
+        else:
+            self.out.close()
+            self.err.close()
 
     def _kill(self) -> None:
         """Kill the command's session, again until no process of it is left."""
         end = time.monotonic() + GRACE_SECONDS
-        while True:
+        while self.pid:
             with Ignored(OSError):
                 os.killpg(self.pid, signal.SIGKILL)
             left = _session(self.pid)
             for pid in left:
                 with Ignored(OSError):
                     os.kill(pid, signal.SIGKILL)
-            self._reap()
-            if (not left and self.exit_code is not None) or time.monotonic() > end:
-                self.exit_code = 128 + signal.SIGKILL if self.exit_code is None else self.exit_code
-                return
+            if not left or time.monotonic() > end:
+                break
             time.sleep(0.002)
+        self.ended(128 + signal.SIGKILL)
+
+    def _conclude(self) -> None:
+        header: Message = {
+            "exit_code": EXIT_TIMED_OUT if self.timed_out else self.exit_code,
+            "timed_out": self.timed_out,
+            "truncated": self.out.truncated or self.err.truncated,
+            "stdout": len(self.out.kept),
+        }
+        self.answer = memoryview(_message(header, bytes(self.out.kept + self.err.kept)))
+        self._close_stdin()
+        self.end = time.monotonic() + TRANSFER_SECONDS
+
+    def _send(self) -> bool:
+        """Send what the host takes; whether some is left."""
+        with Ignored(BlockingIOError):
+            while self.answer:
+                self.answer = self.answer[self.connection.send(self.answer) :]
+        return bool(self.answer)
 
 
-def _spawn(request: Message, fds: tuple[int, int, int]) -> int:
-    """Start the command in a session of its own; this process has no other use for its folder.
+class _Runs:
+    """The commands that this process follows, and the loop that waits for all of them."""
+
+    def __init__(self, *watched: int) -> None:
+        """What is `watched` is waited for too."""
+        self.under_way: list[_Run] = []
+        wake_fd, self.wake = os.pipe()
+        for fd in (wake_fd, self.wake):
+            os.set_blocking(fd, False)
+        self.watched = (wake_fd, *watched)
+        signal.signal(signal.SIGCHLD, lambda _signum, _frame: None)
+        signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
+
+    def add(self, run: _Run) -> None:
+        """Start a command."""
+        self.under_way.append(run)
+        run.start()
+        self._advance(run, set())
+
+    def follow(self, run: _Run) -> None:
+        """Start a command, and do nothing else until it is answered."""
+        self.add(run)
+        while run in self.under_way:
+            self.step()
+
+    def step(self) -> set[int]:
+        """Wait until something happens, and do what follows; the descriptors that are ready."""
+        poll = select.poll()
+        for fd in self.watched:
+            poll.register(fd, select.POLLIN)
+        pause = None
+        for run in self.under_way:
+            for fd, event in run.interests():
+                poll.register(fd, event)
+            left = max(0.0, run.end - time.monotonic()) * 1000 + 1
+            pause = left if pause is None else min(pause, left)
+        ready = {fd for fd, _ in poll.poll(pause)}
+        if self.watched[0] in ready:
+            os.read(self.watched[0], CHUNK)
+            self._reap()
+        for run in tuple(self.under_way):
+            self._advance(run, ready)
+        return ready
+
+    def forget(self) -> None:
+        """In a process of its own: leave all to the one that has started them."""
+        for run in self.under_way:
+            run.close()
+        os.close(self.watched[0])
+        os.close(self.wake)
+
+    def _advance(self, run: _Run, ready: set[int]) -> None:
+        goes_on = False
+        with Ignored(OSError, ValueError):
+            goes_on = run.advance(ready)
+        if not goes_on:
+            self.under_way.remove(run)
+            run.close()
+
+    def _reap(self) -> None:
+        with Ignored(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    return
+                code = os.waitstatus_to_exitcode(status)
+                for run in self.under_way:
+                    if run.pid == pid:
+                        run.ended(code if code >= 0 else 128 - code)
+
+
+def _spawn(request: Message, fds: list[int]) -> int:
+    """Start the command in a session of its own.
 
     Not by a fork, which would copy this process first.
     """
-    os.chdir(request["cwd"])
     argv: list[str] = request["argv"]
-    env: dict[str, str] = request["env"]
-    # Programs are searched for on this process's PATH.
-    os.environ.update(env)
-    return os.posix_spawnp(
-        argv[0],
-        argv,
-        os.environ,
-        file_actions=[(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(fds)],
-        setsid=True,
-        setsigdef=[signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ],
-    )
+    env = {**os.environ, **request["env"]}
+    # Programs are searched for on this process's PATH, and start in its folder.
+    path = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = env.get("PATH", path)
+    try:
+        os.chdir(request["cwd"])
+        return os.posix_spawnp(
+            argv[0],
+            argv,
+            env,
+            file_actions=[(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(fds)],
+            setsid=True,
+            setsigdef=[signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ],
+        )
+    finally:
+        os.environ["PATH"] = path
+        os.chdir("/")
 
 
 def _code_of(error: OSError, request: Message) -> int:
