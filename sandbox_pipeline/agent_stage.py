@@ -7,8 +7,8 @@ import contextlib
 from collections.abc import Awaitable, Callable
 
 from sandbox_pipeline import preparation
-from sandbox_pipeline.agents.base import PROMPT_FILE, Task
-from sandbox_pipeline.agents.detached import interrupt
+from sandbox_pipeline.agents.base import PROMPT_FILE, Task, job_of
+from sandbox_pipeline.agents.detached import folder_of, interrupt
 from sandbox_pipeline.budgets import limit_usd, spent_usd
 from sandbox_pipeline.clock import now
 from sandbox_pipeline.errors import AgentError, ProviderError
@@ -34,7 +34,7 @@ from sandbox_pipeline.records import (
     Usage,
 )
 from sandbox_pipeline.runtime import Runtime
-from sandbox_pipeline.sandboxes.base import STATE_DIR, Sandbox
+from sandbox_pipeline.sandboxes.base import Sandbox
 from sandbox_pipeline.workspace.checkout import take_patch
 
 BREAK_OFF_SECONDS = 1.0
@@ -97,8 +97,8 @@ class AgentStage:
         sandbox = await self._sandboxes.connect(fork, orchestration)
         result = fork.result
         if result is None:
-            name = f"agent-{fork.attempts['agent']}"
-            await interrupt(sandbox, name, wait_seconds=BREAK_OFF_SECONDS)
+            job = job_of(fork.attempts["agent"])
+            await interrupt(sandbox, job, wait_seconds=BREAK_OFF_SECONDS)
             cost = fork.cost_so_far_usd
             result = AgentResult(
                 outcome=Outcome.CANCELLED,
@@ -114,7 +114,9 @@ class AgentStage:
         config = orchestration.config
         agent = self._runtime.agent(config.agent.kind)
         limit = limit_usd(orchestration, fork)
-        prompt_path = f"{STATE_DIR}/{PROMPT_FILE}"
+        attempt = fork.attempts["agent"]
+        # Where the job's other files will be, whose folder is made with it.
+        prompt_path = f"{folder_of(job_of(attempt))}/{PROMPT_FILE}"
         folder = artifacts_of(orchestration, fork)
         folder.mkdir(parents=True, exist_ok=True)
         await sandbox.write(prompt_path, config.prompt.encode())
@@ -124,7 +126,7 @@ class AgentStage:
         task = Task(
             workflow_id=self._ref.workflow_id,
             fork_num=self._ref.fork_num,
-            attempt=fork.attempts["agent"],
+            attempt=attempt,
             prompt=config.prompt,
             prompt_path=prompt_path,
             model=config.model,
@@ -140,7 +142,7 @@ class AgentStage:
             return await run_obeying(
                 agent.run(sandbox, task, JournalReporter(self._journal)),
                 self._orders,
-                lambda: interrupt(sandbox, f"agent-{task.attempt}"),
+                lambda: interrupt(sandbox, job_of(attempt)),
                 self._journal.fork,
             )
         except AgentError as error:

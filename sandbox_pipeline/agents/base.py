@@ -18,6 +18,11 @@ EXCHANGE_DIR = "/run/exchange"
 """Where `Task.exchange_dir` is inside the sandbox."""
 
 
+def job_of(attempt: int) -> str:
+    """Name of the job that an agent's attempt is inside the sandbox."""
+    return f"agent-{attempt}"
+
+
 @dataclass(frozen=True)
 class Task:
     """What one fork's agent has to do.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sandbox_pipeline.agents.base import EXCHANGE_DIR, ModelApi, Reporter, Task
+from sandbox_pipeline.agents.base import EXCHANGE_DIR, ModelApi, Reporter, Task, job_of
 from sandbox_pipeline.agents.claude_binary import (
     check_claude,
     check_version,
@@ -187,7 +187,7 @@ async def _run(sandbox: Sandbox, task: Task, reporter: Reporter, route: _Route) 
                     line = route.meter.progress(stream.progress)
                     await reporter.progress(line, cost_usd=route.meter.cost_usd)
 
-            finished = await run_detached(sandbox, f"agent-{task.attempt}", job, on_output)
+            finished = await run_detached(sandbox, job_of(task.attempt), job, on_output)
             log.finish()
         _count_partials(stream, route)
         result = _result(finished, stream, route, task.config, " | ".join(complaints)[-500:])
@@ -313,7 +313,7 @@ def _result(
         turns=stream.turns if said is None else said.report.turns,
         usage=usage,
         cost_basis=_basis(usage, computed=computed),
-        output_truncated=finished.dropped_bytes > 0,
+        output_truncated=finished.truncated,
     )
 
 
@@ -355,7 +355,7 @@ def _unsaid(
     if route.meter.refused:
         return _budget(config)
     failure_class = FailureClass.AGENT_FAILED
-    if finished.dropped_bytes > 0:
+    if finished.truncated:
         limit = f"agent.max_output_mb ({config.max_output_mb:g} MB)"
         message = f"the agent's output is larger than {limit}, its result was cut off"
         failure_class = FailureClass.BAD_RESULT

@@ -6,7 +6,7 @@ import shlex
 from collections import deque
 from collections.abc import Mapping
 
-from sandbox_pipeline.agents.base import Reporter, Task
+from sandbox_pipeline.agents.base import Reporter, Task, job_of
 from sandbox_pipeline.agents.detached import Finished, Job, run_detached
 from sandbox_pipeline.agents.output import OutputLog
 from sandbox_pipeline.agents.transcript import TranscriptWriter
@@ -66,7 +66,7 @@ class CommandAgent:
                     if last:
                         await reporter.progress(last[-1])
 
-                finished = await run_detached(sandbox, f"agent-{task.attempt}", job, on_output)
+                finished = await run_detached(sandbox, job_of(task.attempt), job, on_output)
                 log.finish()
             report = parse_usage(task.config.usage_format, _end_of_output(task))
             result = _result(finished, argv[0], list(last), task.config)
@@ -125,7 +125,7 @@ def _end_of_output(task: Task) -> str:
 
 def _result(finished: Finished, program: str, last: list[str], config: AgentConfig) -> AgentResult:
     said = " | ".join(last)[-500:]
-    truncated = finished.dropped_bytes > 0
+    truncated = finished.truncated
     code = finished.exit_code
     if finished.timed_out:
         return AgentResult(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sandbox_pipeline.agents.base import Task
+from sandbox_pipeline.agents.base import Task, job_of
 from sandbox_pipeline.agents.detached import folder_of
 from sandbox_pipeline.agents.key_proxy import Credential
 from sandbox_pipeline.agents.metering import Meter
@@ -42,7 +42,7 @@ class Conversation:
         cls, sandbox: Sandbox, task: Task, credential: Credential, meter: Meter
     ) -> Conversation:
         """The saved conversation, or a new one."""
-        folder = folder_of(f"agent-{task.attempt}")
+        folder = folder_of(job_of(task.attempt))
         scope = f"{sandbox.sandbox_id}/{task.workflow_id}/{task.fork_num}/{task.attempt}"
         secret = f"{credential.value}\0{scope}".encode()
         conversation = cls(sandbox, folder, secret, meter)

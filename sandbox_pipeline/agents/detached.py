@@ -31,6 +31,10 @@ PAUSE_SHARE = 0.03
 """Between two looks at the output, of the time that the job has run."""
 UNSTARTED_PAUSE_SECONDS = 0.02
 START_SECONDS = 10.0
+LINGERING_SECONDS = 2
+BLOCK_BYTES = 512
+"""What `ulimit -f` counts in."""
+CUT = "cut"
 KILLED = 3
 """Exit code of the wait: the job's runner is no more, and has not recorded an end."""
 
@@ -44,7 +48,7 @@ class Job:
     Attributes:
         stdin_path: file inside the sandbox that becomes its standard input.
         timeout_seconds: then SIGINT, and SIGKILL `KILL_AFTER_SECONDS` later, from inside.
-        max_output_bytes: of each stream; what comes after is counted and dropped.
+        max_output_bytes: of each stream; what comes after is dropped.
         idle_timeout_seconds: without output for so long it is stopped too; None: never.
     """
 
@@ -66,75 +70,74 @@ class Finished:
         timed_out: it was stopped because it ran too long, or was silent for too long.
         was_idle: it was the latter.
         seconds: how long it ran, by the sandbox's own clock.
-        dropped_bytes: output beyond `max_output_bytes`, both streams.
+        truncated: there was output beyond `max_output_bytes`.
     """
 
     exit_code: int
     timed_out: bool
     seconds: float
-    dropped_bytes: int
+    truncated: bool
     was_idle: bool = False
 
 
 # Descriptor 9 is a lock that is held for as long as this shell lives, however it ends: who waits
 # for the job waits for the lock. Nothing else may inherit it. `started` is made once, and only by
-# the lock's holder: a second start of the same job finds one of the two and does nothing. head
-# stops at the cap, and without stdbuf would hold back what it has read; wc then drains and counts
-# the rest, so that the command never blocks on a full pipe. Children that outlive the command may
-# hold the pipes open, so the wait for the copies is bounded.
+# the lock's holder: a second start of the same job finds one of the two and does nothing. Whoever
+# starts this listens to its output until then. `copy` stops at the cap, where the system stops cat,
+# and then drains the rest, so that the command never blocks on a full pipe.
 _RUNNER = """\
 home=$1
 cd {folder} || exit 1
 exec 9> lock
 flock -n 9 || exit 0
 [ -e started ] && exit 0
-echo $$ > pid
-: > started
 mkfifo out.pipe err.pipe
-(stdbuf -o0 head -c {cap} > stdout; wc -c > stdout.dropped) < out.pipe 9>&- &
-out=$!
-(stdbuf -o0 head -c {cap} > stderr; wc -c > stderr.dropped) < err.pipe 9>&- &
-err=$!
+echo $$ > started
+exec > /dev/null
+copy() {{
+  (ulimit -c 0; ulimit -f {blocks}; exec cat) && return
+  : > cut
+  cat > /dev/null
+}}
+copy < out.pipe > stdout 9>&- &
+copy < err.pipe > stderr 9>&- &
 read -r began rest < /proc/uptime
 (cd {cwd} && exec timeout --signal=INT --kill-after={kill_after} {seconds} {argv}) \\
   < {stdin} > out.pipe 2> err.pipe 9>&-
 code=$?
 read -r ended rest < /proc/uptime
-(sleep 2; kill $out $err) 2>/dev/null 9>&- &
-watchdog=$!
-wait $out $err
-kill $watchdog 2>/dev/null
-lost=0 more=0
-read -r lost < stdout.dropped
-read -r more < stderr.dropped
-echo "$code $began $ended $((lost + more))" > exit.tmp
-mv exit.tmp exit
+echo "$code $began $ended" > exit
+wait
 """
 
 
 # In a session of its own, it outlives whoever asked for it.
 _START = """\
 [ -e "$1" ] || mkdir -p "$1"
-[ -e "$1/started" ] || setsid sh -c "$6" sh "$5" < /dev/null > /dev/null 2>&1 &
+[ -e "$1/started" ] || : "$(setsid sh -c "$6" sh "$5" < /dev/null 2> /dev/null &)"
 """
 
 # Answers once the sizes of the streams are others than what is known, or the job ended: with the
-# sizes and the record of the end. The lock is free at the very moment of the end.
+# sizes and the record of the end. The lock is free at the very moment of the end, unless children
+# that outlive the command hold its pipes open: they are not waited for long.
 _WAIT = f"""\
 cd "$1" || exit 1
 known=$2 pause=$3 turns=$4
 while :; do
   if ! [ -e started ]; then
     sleep {UNSTARTED_PAUSE_SECONDS}
-  elif flock --shared --timeout "$pause" lock true && ! [ -e exit ]; then
-    exit {KILLED}
+  elif flock --shared --timeout "$pause" 8 8< lock; then
+    [ -s exit ] || exit {KILLED}
+  elif [ -s exit ]; then
+    flock --shared --timeout {LINGERING_SECONDS} 8 8< lock
   fi
   ended=
-  [ -e exit ] && read -r ended < exit
+  [ -s exit ] && read -r ended < exit
   sizes=$(stat -c %s stdout stderr 2> /dev/null)
   turns=$((turns - 1))
   [ -n "$ended" ] || [ "${{sizes:-$known}}" != "$known" ] || [ "$turns" -lt 1 ] && break
 done
+[ -e cut ] && ended="${{ended:+$ended {CUT}}}"
 echo $sizes
 echo "$ended"
 """
@@ -142,7 +145,7 @@ echo "$ended"
 
 # Not by pkill, which small images lack. The fourth field is the parent.
 _INTERRUPT = """\
-parent=$(cat "$1/pid") || exit 1
+read -r parent < "$1/started" || exit 1
 for stat in /proc/[0-9]*/stat; do
   read -r line < "$stat" || continue
   case "$line" in
@@ -268,14 +271,16 @@ class _Following:
                 # The agent can write to the files itself; what is kept of them has a bound.
                 await self._read_on(stream, min(size, self._job.max_output_bytes))
             if ended:
-                return _finished(ended, self._job)
+                finished = _finished(ended, self._job)
+                is_longer = any(it > self._job.max_output_bytes for it in sizes.values())
+                return replace(finished, truncated=finished.truncated or is_longer)
             started = started or bool(sizes)
             passed = time.monotonic() - self._began
             if not started and passed > START_SECONDS:
                 msg = "the sandbox did not start the agent; it needs coreutils and util-linux"
                 raise AgentError(FailureClass.AGENT_FAILED, msg)
             if passed > longest:
-                return Finished(137, timed_out=True, seconds=passed, dropped_bytes=0)
+                return Finished(137, timed_out=True, seconds=passed, truncated=False)
             await between()
 
     async def _look(self, seconds: float, *, start: bool) -> tuple[dict[str, int], str]:
@@ -334,7 +339,7 @@ def _runner(folder: str, job: Job) -> str:
     """The script that runs the job and records its end."""
     script = _RUNNER.format(
         folder=_quoted(folder),
-        cap=job.max_output_bytes,
+        blocks=math.ceil(job.max_output_bytes / BLOCK_BYTES),
         cwd=_quoted(job.cwd),
         kill_after=KILL_AFTER_SECONDS,
         seconds=job.timeout_seconds,
@@ -351,13 +356,14 @@ def _runner(folder: str, job: Job) -> str:
 
 
 def _finished(ended: str, job: Job) -> Finished:
+    words = ended.split()
+    truncated = words[3:] == [CUT]
     try:
-        code, began, end, dropped = ended.split()
+        code, began, end = words[:-1] if truncated else words
         seconds = float(end) - float(began)
         exit_code = int(code)
-        dropped_bytes = int(dropped)
     except ValueError as error:
         msg = f"the sandbox's record of the agent's exit is unreadable: {ended[:80]!r}"
         raise AgentError(FailureClass.BAD_RESULT, msg) from error
     timed_out = exit_code in (124, 137) and seconds >= job.timeout_seconds
-    return Finished(exit_code, timed_out, seconds, dropped_bytes)
+    return Finished(exit_code, timed_out, seconds, truncated)

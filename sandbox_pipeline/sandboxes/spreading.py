@@ -19,10 +19,10 @@ FS_TOPDIR_FL = 0x00020000
 def spread_out(folder: Path) -> None:
     """Tell the file system that what is in the folders of this one is unrelated.
 
-    Ext4 then puts them into different block groups. In one group they would be near each other, and
-    each new file would be searched a place for among the inodes of all that were removed in the last
-    minutes, which ext4 does not use again so soon: a fifth of a no-op fork's time. Other file
-    systems don't know the hint, and nothing happens.
+    Ext4 then puts them into different block groups. In one group, each new file is searched a place
+    for among the inodes of all that were removed in the last minutes, which ext4 does not use again
+    so soon: a fifth of a no-op fork's time. Other file systems don't know the hint, and nothing
+    happens.
     """
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -43,16 +43,19 @@ _CHECKOUT = f"""\
 set -e
 exec 8> {STATE_DIR}/checkout.lock
 flock 8
-if [ -e {STATE_DIR}/base.index ] && ! [ -e {STATE_DIR}/{ARCHIVE} ]; then exit 0; fi
-rm -rf {STATE_DIR}/repo.git {WORKSPACE}
+if [ -e {STATE_DIR}/base.index ] && ! [ -s {STATE_DIR}/{ARCHIVE} ]; then exit 0; fi
+set -- {WORKSPACE}/* {WORKSPACE}/.[!.]*
+if [ -e {STATE_DIR}/repo.git ] || [ $# -gt 2 ] || [ -e "$1" ] || [ -e "$2" ]; then
+  rm -rf {STATE_DIR}/repo.git {WORKSPACE}
+fi
 cd {HOME}
 tar --extract --no-same-owner --file={STATE_DIR}/{ARCHIVE}
 cd {WORKSPACE}
 printf '[user]\\n\\tname = %s\\n\\temail = %s@sandbox-pipeline.invalid\\n' \
   "$AUTHOR" "$AUTHOR" >> .git/config
-git -c core.hooksPath=/dev/null checkout --quiet -B "$BRANCH" "$COMMIT"
+git -c core.hooksPath=/dev/null read-tree --reset -u "$COMMIT"
 cp -p .git/index {STATE_DIR}/base.index
-rm {STATE_DIR}/{ARCHIVE}
+: > {STATE_DIR}/{ARCHIVE}
 """
 
 # Index and patch have names of their own: two may be at it, where a cancel is settled twice.
@@ -97,7 +100,7 @@ async def put_repository(sandbox: Sandbox, base: Base, author: str) -> None:
         Command(
             ["sh", "-c", _CHECKOUT],
             cwd=STATE_DIR,
-            env={**GIT_ENV, "BRANCH": base.branch, "COMMIT": base.commit, "AUTHOR": author},
+            env={**GIT_ENV, "COMMIT": base.commit, "AUTHOR": author},
             timeout_seconds=CHECKOUT_TIMEOUT_SECONDS,
             repeatable=True,
         )

@@ -6,6 +6,7 @@ Git runs without the user's configuration, hooks or prompts, and with one transp
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import stat
@@ -124,10 +125,18 @@ async def _pack(git: Git, mirror: Path, branch: str, archive: Path) -> None:
         timeout_seconds=CLONE_TIMEOUT_SECONDS,
     )  # fmt: skip
     await git.run(["-C", str(workspace), "remote", "remove", "origin"])
+    for repository in (bare, workspace):
+        await git.run(["-C", str(repository), "pack-refs", "--all"])
     await asyncio.to_thread(_write_archive, home, archive)
 
 
 def _write_archive(home: Path, archive: Path) -> None:
+    """Only what git can't do without: each fork makes a file of its own of all that is in it."""
+    shutil.rmtree(home / Path(WORKSPACE).name / ".git" / "logs", ignore_errors=True)
+    for folder, _, _ in os.walk(home, topdown=False):
+        if Path(folder).name not in ("refs", "objects"):
+            with contextlib.suppress(OSError):
+                Path(folder).rmdir()
     partial = archive.with_suffix(".partial")
     with tarfile.open(partial, "w") as tar:
         for part in sorted(home.iterdir()):

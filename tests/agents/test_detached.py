@@ -85,7 +85,7 @@ async def test_followed_by_two_it_runs_once(sandbox: Counted) -> None:
 
 async def test_a_runner_that_is_killed_is_seen(sandbox: Counted) -> None:
     with pytest.raises(AgentError, match="was killed inside the sandbox"):
-        await follow(sandbox, f"kill -9 $(cat {FOLDER}/pid); sleep 30")
+        await follow(sandbox, f"kill -9 $(cat {FOLDER}/started); sleep 30")
 
 
 async def test_who_removes_the_folder_of_its_job_fails_and_is_not_run_again(
@@ -122,7 +122,7 @@ async def test_what_it_writes_past_the_cap_into_its_own_files_is_not_read(
     assert heard["stdout"].startswith(b"1\n")
 
 
-@pytest.mark.parametrize("record", ["x", "0 0", "a b c d", "0 0 x 0"])
+@pytest.mark.parametrize("record", ["x", "0 0", "a b c", "0 0 x", "0 0 0 0"])
 async def test_an_end_that_it_recorded_itself_is_no_answer(sandbox: Counted, record: str) -> None:
     with pytest.raises(AgentError, match="is unreadable"):
         await follow(sandbox, f"echo '{record}' > {FOLDER}/exit; sleep 30")
