@@ -34,6 +34,7 @@ from dagster_async_executor.executor import AsyncExecutor
 from dagster_async_executor.executor_definition import async_executor
 
 from sandbox_pipeline.defs.guard import guarded
+from sandbox_pipeline.defs.plain_steps import is_plain, plain_step_events
 
 if TYPE_CHECKING:
     from dagster._core.execution.context.system import (
@@ -137,6 +138,10 @@ class CancellableAsyncExecutor(AsyncExecutor):
         step_events: list[dg.DagsterEvent] = []
         # The interrupt was reported as the step's failure; the run ends with it.
         with contextlib.suppress(DagsterExecutionInterruptedError):
+            if is_plain(step_context):
+                async for event in plain_step_events(step_context):
+                    events.put_nowait(event)
+                return
             async for event in dagster_event_sequence_for_step(step_context):
                 events.put_nowait(event)
                 step_events.append(event)
