@@ -195,12 +195,12 @@ async def _beside_a_busy_callback() -> None:
         loop.call_soon(spin)
 
     loop.call_soon(spin)
-    for delay in (0.05, 0.06):
-        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
     with interruptible():
         try:
             await asyncio.sleep(60)
         finally:
+            os.kill(os.getpid(), signal.SIGINT)
             await asyncio.sleep(0.1)
             SEEN.append("cleaned up")
 
