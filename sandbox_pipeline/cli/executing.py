@@ -68,6 +68,8 @@ def execute(config: OrchestrationConfig, *, quiet: bool) -> Executed:
         ConfigError: it can't be run as configured; nothing was created.
     """
     ensure_home(default_home(os.environ))
+    # Numpy, which pandas imports, would start a thread for each core, none of which is needed.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     settings = Settings.from_environ(os.environ)
     check_extra(settings.executor)
     check_place(settings.executor, resolve_provider(config, os.environ), settings.db_url)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
@@ -78,6 +79,7 @@ class Store:
         self._engine = engine
         workers = 1 if engine.dialect.name == "sqlite" else 8
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="store")
+        self._kept: Connection | None = None
 
     @classmethod
     def open(cls, url: str) -> Store:
@@ -92,6 +94,7 @@ class Store:
     async def close(self) -> None:
         """Let go of the connections."""
         self._threads.shutdown(wait=True)
+        self._let_go()
         self._engine.dispose()
 
     async def deployment_id(self) -> str:
@@ -458,10 +461,30 @@ class Store:
     def _monotonic(self) -> float:
         return time.monotonic()
 
+    @contextlib.contextmanager
+    def _connection(self) -> Generator[Connection]:
+        """A connection; that of SQLite's single thread is kept until something went wrong."""
+        if self._engine.dialect.name != "sqlite":
+            with self._engine.connect() as connection:
+                yield connection
+            return
+        if self._kept is None:
+            self._kept = self._engine.connect()
+        try:
+            yield self._kept
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _let_go(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
+
     async def _run(self, work: Callable[[Connection], T], *, write: bool = True) -> T:
         def call() -> T:
             try:
-                with self._engine.connect() as plain:
+                with self._connection() as plain:
                     connection = plain.execution_options(write=write)
                     with connection.begin():
                         return work(connection)
