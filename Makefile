@@ -49,8 +49,8 @@ check: $(STAMP) ## Lint, types, layers, definitions, docs
 ui: $(STAMP) ## Open Dagster's UI on the same instance
 	@$(BIN)/sandbox-pipeline ui
 
-bench: $(STAMP) ## Measure everything that docs/performance.md tells, 45 minutes: RUNS=5
-	$(BIN)/python -m benchmarks --runs $(or $(RUNS),5)
+bench: $(STAMP) ## Measure everything that docs/performance.md tells, an hour: RUNS=5 GROWTH_RUNS=5
+	$(BIN)/python -m benchmarks --runs $(or $(RUNS),5) --growth-runs $(or $(GROWTH_RUNS),$(RUNS),5)
 
 bench-peers: $(STAMP) .venv-peers/.installed .venv-harbor/.installed ## The same work by other systems: RUNS=5
 	$(BIN)/python -m benchmarks.bench_peers --runs $(or $(RUNS),5)
