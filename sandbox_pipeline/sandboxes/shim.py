@@ -258,7 +258,7 @@ def _serve(connection: Socket, request: tuple[Message, bytes] | None, runs: _Run
             if request[0]["op"] == "run":
                 runs.follow(_Run(connection, *request))
                 return
-            answer, body = _answer(*request)
+            answer, body = _answer(request[0])
         except (OSError, ValueError, TypeError, KeyError) as error:
             answer, body = _failure(error), b""
         _send(connection, answer, body)
@@ -299,13 +299,10 @@ def _send(connection: Socket, header: Message, body: bytes) -> None:
     connection.sendall(_message(header, body))
 
 
-def _answer(request: Message, body: bytes) -> tuple[Message, bytes]:
+def _answer(request: Message) -> tuple[Message, bytes]:
     op = request["op"]
     if op == "read":
         return {}, _read(request["path"], request["offset"], request["max"])
-    if op == "write":
-        _write(request["path"], (body,))
-        return {}, b""
     if op == "resources":
         return {"cpu_seconds": _cpu_seconds()}, b""
     if op == "ping":
