@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from sandbox_pipeline import preparation
 from sandbox_pipeline.agents.base import PROMPT_FILE, Task, job_of
@@ -23,7 +23,7 @@ from sandbox_pipeline.journal import (
     keep_attempt,
     short,
 )
-from sandbox_pipeline.orders import Stop, run_obeying
+from sandbox_pipeline.orders import Watch, run_obeying
 from sandbox_pipeline.records import (
     AgentResult,
     Fork,
@@ -58,13 +58,13 @@ class AgentStage:
         ref: ForkRef,
         journal: ForkJournal,
         sandboxes: ForkSandboxes,
-        orders: Callable[[], Awaitable[Stop | None]],
+        watch: Callable[[], Watch],
     ) -> None:
         self._runtime = runtime
         self._ref = ref
         self._journal = journal
         self._sandboxes = sandboxes
-        self._orders = orders
+        self._watch = watch
 
     async def run(self, fork: Fork, orchestration: Orchestration) -> None:
         """Run the agent, or follow the one that runs already, and keep result and patch.
@@ -141,7 +141,7 @@ class AgentStage:
         try:
             return await run_obeying(
                 agent.run(sandbox, task, JournalReporter(self._journal)),
-                self._orders,
+                self._watch(),
                 lambda: interrupt(sandbox, job_of(attempt)),
                 self._journal.fork,
             )

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
 
 from sandbox_pipeline import leasing, preparation, verification
 from sandbox_pipeline.agent_stage import AgentStage
@@ -32,7 +31,7 @@ from sandbox_pipeline.journal import (
     counted,
     short,
 )
-from sandbox_pipeline.orders import Stop, StoppedError, obeying
+from sandbox_pipeline.orders import Stop, StoppedError, Watch, all_orders, obeying
 from sandbox_pipeline.ownership import held_by, on_another_machine
 from sandbox_pipeline.records import (
     Control,
@@ -55,7 +54,6 @@ logger = logging.getLogger(__name__)
 
 SLOT_POLL_SECONDS = 0.25
 
-T = TypeVar("T")
 
 # The last opens a file to write to it, and leaves it as it is.
 _HEALTHY = "git rev-parse HEAD > /dev/null && : >> .git/config"
@@ -80,7 +78,7 @@ class ForkLife:
         self._fence = held_by(run_id)
         self._journal = ForkJournal(runtime, ref, run_id, announce)
         self._sandboxes = ForkSandboxes(runtime, ref, run_id, self._journal)
-        self._agent = AgentStage(runtime, ref, self._journal, self._sandboxes, self._orders)
+        self._agent = AgentStage(runtime, ref, self._journal, self._sandboxes, self._watch)
 
     async def create_sandbox(self) -> None:
         """Wait for a slot, then create a sandbox with the repository in it.
@@ -183,12 +181,13 @@ class ForkLife:
         )
 
     async def _verified(self, orchestration: Orchestration, fork: Fork) -> Verification | None:
-        stop = await self._cancels()
-        if stop is not None:
+        # A verification costs nothing of a budget, so that only cancels count.
+        stop = await self._runtime.orders.of(self._ref, self._run_id)
+        if stop is not None and _is_cancel(stop):
             raise StoppedError(stop)
         folder = artifacts_of(orchestration, fork)
         work = verification.verify(self._runtime, orchestration, fork, self._run_id, folder)
-        return await obeying(work, self._cancels)
+        return await obeying(work, self._watch(_is_cancel))
 
     async def _run(
         self, stage: Stage, work: Callable[[Fork, Orchestration], Awaitable[None]]
@@ -201,7 +200,7 @@ class ForkLife:
             if stage is Stage.AGENT:
                 await work(fork, orchestration)
             else:
-                await self._obeying(work(fork, orchestration))
+                await obeying(work(fork, orchestration), self._watch())
         except StoppedError as stopped:
             await self._journal.end_as(stopped.stop.outcome, stopped.stop.message)
         except ProviderError as error:
@@ -219,16 +218,8 @@ class ForkLife:
             text = f"unexpected {type(error).__name__}: {error}"
             await self._journal.fail(FailureClass.INTERNAL, text, stage=stage)
 
-    async def _obeying(self, work: Awaitable[T]) -> T:
-        return await obeying(work, self._orders)
-
-    async def _cancels(self) -> Stop | None:
-        """Orders that a verification obeys: it costs nothing of a budget."""
-        stop = await self._orders()
-        return stop if stop is not None and stop.outcome is Outcome.CANCELLED else None
-
-    async def _orders(self) -> Stop | None:
-        return await self._runtime.orders.of(self._ref, self._run_id)
+    def _watch(self, obeys: Callable[[Stop], bool] = all_orders) -> Watch:
+        return self._runtime.orders.watch(self._ref, self._run_id, obeys)
 
     async def _create_stage(self, fork: Fork, orchestration: Orchestration) -> None:
         if orchestration.provider == "local" and on_another_machine(orchestration):
@@ -431,3 +422,7 @@ class ForkLife:
         if amount is not None:
             await self._journal.change(lambda it: it.evolve(budget_usd=amount))
         return amount is not None
+
+
+def _is_cancel(stop: Stop) -> bool:
+    return stop.outcome is Outcome.CANCELLED

@@ -6,9 +6,10 @@ Orders come through the store, so that they can be given on any machine that rea
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -58,7 +59,15 @@ class StoppedError(PipelineError):
         self.stop = stop
 
 
-GetOrder = Callable[[], Awaitable[Stop | None]]
+Judge = Callable[[int], Stop | None]
+"""Why the fork of this number has to stop, if it has to."""
+Watch = AbstractContextManager[asyncio.Future[Stop]]
+"""While it is entered, orders are read; done with the first that the fork has to obey."""
+
+
+def all_orders(_stop: Stop) -> bool:
+    """For a fork that obeys whatever it is told."""
+    return True
 
 
 class Orders:
@@ -66,8 +75,8 @@ class Orders:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._lock = asyncio.Lock()
-        self._read: dict[str, tuple[float, Orchestration, list[Fork]]] = {}
+        self._watches: dict[tuple[str, str], list[_Watch]] = {}
+        self._readers: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     async def of(self, ref: ForkRef, run_id: str) -> Stop | None:
         """Why this fork has to stop, if it has to.
@@ -76,50 +85,112 @@ class Orders:
             OwnershipError: the run lost the orchestration, or is dead; nothing may be touched.
             StoreError: nobody knows.
         """
-        async with self._lock:
-            known = self._read.get(ref.workflow_id)
-            if known is None or time.monotonic() - known[0] > POLL_SECONDS / 2:
-                key = orchestration_key(ref.workflow_id)
-                orchestration = await self._store.need(Orchestration, key)
-                forks = await self._store.forks(ref.workflow_id)
-                known = (time.monotonic(), orchestration, forks)
-                self._read[ref.workflow_id] = known
-        _, orchestration, forks = known
+        return (await self._judge(ref.workflow_id, run_id))(ref.fork_num)
+
+    @contextlib.contextmanager
+    def watch(
+        self, ref: ForkRef, run_id: str, obeys: Callable[[Stop], bool] = all_orders
+    ) -> Generator[asyncio.Future[Stop]]:
+        """See `Watch`; the future raises `OwnershipError` as `of` does.
+
+        Args:
+            ref: the fork.
+            run_id: the run that works on it.
+            obeys: whether the fork has to obey an order; others are passed over.
+        """
+        key = (ref.workflow_id, run_id)
+        made = _Watch(ref.fork_num, obeys, asyncio.get_running_loop().create_future())
+        self._watches.setdefault(key, []).append(made)
+        if key not in self._readers:
+            self._readers[key] = asyncio.create_task(self._read(*key))
+        try:
+            yield made.ordered
+        finally:
+            self._watches[key].remove(made)
+            if not made.ordered.cancel():
+                made.ordered.exception()  # looked at, so that nobody complains of it
+
+    async def _read(self, workflow_id: str, run_id: str) -> None:
+        """Read orders as long as somebody watches."""
+        key = (workflow_id, run_id)
+        try:
+            while self._watches[key]:
+                await asyncio.sleep(POLL_SECONDS)
+                try:
+                    judge = await self._judge(workflow_id, run_id)
+                except StoreError as error:
+                    logger.warning("orders can't be read: %s", error)
+                except Exception as error:  # noqa: BLE001 (raised where it is waited for)
+                    for watch in self._watches[key]:
+                        watch.fail(error)
+                else:
+                    for watch in self._watches[key]:
+                        watch.tell(judge)
+        finally:
+            del self._readers[key]
+            if not self._watches[key]:
+                del self._watches[key]
+
+    async def _judge(self, workflow_id: str, run_id: str) -> Judge:
+        orchestration = await self._store.need(Orchestration, orchestration_key(workflow_id))
+        forks = await self._store.forks(workflow_id)
         held_by(run_id)(orchestration)
         if left_by_its_run(orchestration):
             # Else it would keep a Celery worker from the run that takes over.
             msg = f"the worker of run {run_id} is dead; what this op does is left to the next run"
             raise OwnershipError(msg)
-        return why_stop(orchestration, forks, ref.fork_num)
+        return judge_of(orchestration, forks)
 
 
-def why_stop(orchestration: Orchestration, forks: Sequence[Fork], fork_num: int) -> Stop | None:
-    """What the records say; costs are those that the agents reported last."""
-    fork = forks[fork_num]
-    if Control.CANCEL in (fork.control, orchestration.control):
-        return Stop(Outcome.CANCELLED, "cancelled by command")
-    enough = orchestration.config.stop_after_verified
-    if enough is not None and not _is_verified(fork):
-        verified = sum(_is_verified(each) for each in forks)
-        if verified >= enough:
+@dataclass(frozen=True, eq=False)
+class _Watch:
+    fork_num: int
+    obeys: Callable[[Stop], bool]
+    ordered: asyncio.Future[Stop]
+
+    def tell(self, judge: Judge) -> None:
+        if not self.ordered.done():
+            stop = judge(self.fork_num)
+            if stop is not None and self.obeys(stop):
+                self.ordered.set_result(stop)
+
+    def fail(self, error: Exception) -> None:
+        if not self.ordered.done():
+            self.ordered.set_exception(error)
+
+
+def judge_of(orchestration: Orchestration, forks: Sequence[Fork]) -> Judge:
+    """Why which fork has to stop, as the records say; costs are those that agents reported last."""
+    config = orchestration.config
+    verified = sum(_is_verified(each) for each in forks)
+    spent = sum(spent_usd(each) or 0.0 for each in forks)
+
+    def judge(fork_num: int) -> Stop | None:
+        fork = forks[fork_num]
+        if Control.CANCEL in (fork.control, orchestration.control):
+            return Stop(Outcome.CANCELLED, "cancelled by command")
+        enough = config.stop_after_verified
+        if enough is not None and verified >= enough and not _is_verified(fork):
             message = f"no longer needed: {verified} verified (stop_after_verified: {enough})"
             return Stop(Outcome.CANCELLED, message)
-    budget = orchestration.config.budget_usd
-    if budget is not None and sum(spent_usd(each) or 0.0 for each in forks) >= budget:
-        message = f"the orchestration used up budget_usd ({budget:g} US dollars)"
-        return Stop(Outcome.BUDGET_EXCEEDED, message)
-    limit = limit_usd(orchestration, fork)
-    if limit is not None and (fork.cost_so_far_usd or 0.0) >= limit:
-        message = f"the fork used up its budget of {limit:g} US dollars"
-        return Stop(Outcome.BUDGET_EXCEEDED, message)
-    return None
+        budget = config.budget_usd
+        if budget is not None and spent >= budget:
+            message = f"the orchestration used up budget_usd ({budget:g} US dollars)"
+            return Stop(Outcome.BUDGET_EXCEEDED, message)
+        limit = limit_usd(orchestration, fork)
+        if limit is not None and (fork.cost_so_far_usd or 0.0) >= limit:
+            message = f"the fork used up its budget of {limit:g} US dollars"
+            return Stop(Outcome.BUDGET_EXCEEDED, message)
+        return None
+
+    return judge
 
 
 def _is_verified(fork: Fork) -> bool:
     return fork.verification is not None and fork.verification.outcome is Verdict.VERIFIED
 
 
-async def obeying(work: Awaitable[T], order: GetOrder) -> T:
+async def obeying(work: Awaitable[T], watch: Watch) -> T:
     """Do the work unless an order says to stop; it is then broken off as by a cancel.
 
     Raises:
@@ -128,7 +199,8 @@ async def obeying(work: Awaitable[T], order: GetOrder) -> T:
     """
     task = asyncio.ensure_future(work)
     try:
-        stop = await _first_order(task, order)
+        with watch as ordered:
+            stop = await _first_order(task, ordered)
         if stop is not None:
             raise StoppedError(stop)
         return task.result()
@@ -138,7 +210,7 @@ async def obeying(work: Awaitable[T], order: GetOrder) -> T:
 
 async def run_obeying(
     work: Awaitable[AgentResult],
-    order: GetOrder,
+    watch: Watch,
     interrupt: Callable[[], Awaitable[bool]],
     record: Callable[[], Awaitable[Fork]],
 ) -> AgentResult:
@@ -146,7 +218,7 @@ async def run_obeying(
 
     Args:
         work: runs the agent.
-        order: asked for every `POLL_SECONDS`.
+        watch: of the fork's orders.
         interrupt: stops the agent inside the sandbox, if it is one that runs there.
         record: the fork's, for what is known of an agent that says nothing more.
 
@@ -155,7 +227,8 @@ async def run_obeying(
     """
     task = asyncio.ensure_future(work)
     try:
-        stop = await _first_order(task, order)
+        with watch as ordered:
+            stop = await _first_order(task, ordered)
         if stop is None:
             return task.result()
         try:
@@ -179,19 +252,9 @@ async def run_obeying(
         await _break_off(task)
 
 
-async def _first_order(task: asyncio.Future[T], order: GetOrder) -> Stop | None:
-    while not task.done():
-        await asyncio.wait({task}, timeout=POLL_SECONDS)
-        if task.done():
-            break
-        try:
-            stop = await order()
-        except StoreError as error:
-            logger.warning("orders can't be read: %s", error)
-            continue
-        if stop is not None:
-            return stop
-    return None
+async def _first_order(task: asyncio.Future[T], ordered: asyncio.Future[Stop]) -> Stop | None:
+    await asyncio.wait({task, ordered}, return_when=asyncio.FIRST_COMPLETED)
+    return None if task.done() else ordered.result()
 
 
 async def _break_off(task: asyncio.Future[T]) -> None:

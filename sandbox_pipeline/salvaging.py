@@ -9,8 +9,7 @@ from sandbox_pipeline.agent_stage import AgentStage
 from sandbox_pipeline.errors import AgentError, ProviderError
 from sandbox_pipeline.fork_sandboxes import ForkSandboxes
 from sandbox_pipeline.journal import ForkJournal
-from sandbox_pipeline.orders import Stop
-from sandbox_pipeline.records import Fork, ForkRef, Orchestration, Outcome, Stage
+from sandbox_pipeline.records import Fork, ForkRef, Orchestration, Stage
 from sandbox_pipeline.runtime import Runtime, silent
 
 logger = logging.getLogger(__name__)
@@ -58,12 +57,9 @@ async def _keep(runtime: Runtime, orchestration: Orchestration, fork: Fork, run_
     ref = ForkRef(workflow_id=fork.workflow_id, fork_num=fork.fork_num)
     journal = ForkJournal(runtime, ref, run_id, silent)
     sandboxes = ForkSandboxes(runtime, ref, run_id, journal)
-
-    async def orders() -> Stop | None:
-        return Stop(Outcome.CANCELLED, "cancelled")
-
+    stage = AgentStage(runtime, ref, journal, sandboxes, lambda: runtime.orders.watch(ref, run_id))
     try:
         await sandboxes.check_lease(fork.sandbox_id or "")
-        await AgentStage(runtime, ref, journal, sandboxes, orders).break_off(fork, orchestration)
+        await stage.break_off(fork, orchestration)
     except (ProviderError, AgentError, OSError) as error:
         logger.warning("%s: no patch of what it had done: %s", fork.key, error)

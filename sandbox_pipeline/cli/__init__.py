@@ -16,7 +16,7 @@ from sandbox_pipeline.cli.exit_codes import BAD_CONFIGURATION, CANCELLED, EXIT_C
 from sandbox_pipeline.errors import ConfigError, PipelineError
 from sandbox_pipeline.settings import Settings
 
-GC_THRESHOLD = 20_000
+GC_THRESHOLD = 100_000
 COMMANDS = {
     "run": "Run an orchestration here and watch it.",
     "demo": "Run three forks on a small example repository.",

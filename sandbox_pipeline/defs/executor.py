@@ -35,6 +35,7 @@ from dagster_async_executor.executor_definition import async_executor
 
 from sandbox_pipeline.defs.guard import guarded
 from sandbox_pipeline.defs.plain_steps import is_plain, plain_step_events
+from sandbox_pipeline.defs.ready_steps import IndexedPlan
 
 if TYPE_CHECKING:
     from dagster._core.execution.context.system import (
@@ -51,6 +52,11 @@ INTERRUPT_POLL_SECONDS = 0.1
 
 class CancellableAsyncExecutor(AsyncExecutor):
     """The async executor, with cancellation."""
+
+    def _execution_iterator_wrapper(
+        self, job_context: PlanExecutionContext, execution_plan: ExecutionPlan
+    ) -> Iterator[dg.DagsterEvent]:
+        return super()._execution_iterator_wrapper(job_context, IndexedPlan(execution_plan))
 
     async def _async_execution_iterator(
         self, job_context: PlanExecutionContext, active: ActiveExecution
@@ -189,8 +195,14 @@ async def _watch(tasks: set[asyncio.Task[None]], interrupted: asyncio.Event) -> 
 async def _next_event(
     events: asyncio.Queue[dg.DagsterEvent], seconds: float
 ) -> dg.DagsterEvent | None:
+    if not events.empty():
+        # In a burst of events, others have their turn between two.
+        await asyncio.sleep(0)
+        return events.get_nowait()
     with contextlib.suppress(TimeoutError):
-        return await asyncio.wait_for(events.get(), seconds)
+        # Unlike `wait_for`, without a task for each event.
+        async with asyncio.timeout(seconds):
+            return await events.get()
     return None
 
 
