@@ -12,7 +12,7 @@ from sandbox_pipeline.agents.detached import folder_of, interrupt
 from sandbox_pipeline.budgets import limit_usd, spent_usd
 from sandbox_pipeline.clock import now
 from sandbox_pipeline.errors import AgentError, ProviderError
-from sandbox_pipeline.exchange import exchange_folder
+from sandbox_pipeline.exchange import exchange_folder, has_exchange
 from sandbox_pipeline.fork_sandboxes import ForkSandboxes
 from sandbox_pipeline.injection import place_of_key
 from sandbox_pipeline.journal import (
@@ -120,9 +120,10 @@ class AgentStage:
         folder = artifacts_of(orchestration, fork)
         folder.mkdir(parents=True, exist_ok=True)
         await sandbox.write(prompt_path, config.prompt.encode())
-        exchange = exchange_folder(
-            self._runtime.settings.home, orchestration, agent, await self._sandboxes.lease_id(fork)
-        )
+        exchange = None
+        if has_exchange(orchestration, agent):
+            lease_id = await self._sandboxes.lease_id(fork)
+            exchange = exchange_folder(self._runtime.settings.home, lease_id)
         task = Task(
             workflow_id=self._ref.workflow_id,
             fork_num=self._ref.fork_num,

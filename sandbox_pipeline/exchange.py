@@ -13,13 +13,14 @@ from sandbox_pipeline.agents.base import Agent
 from sandbox_pipeline.records import Orchestration
 
 
-def exchange_folder(
-    home: Path, orchestration: Orchestration, agent: Agent, lease_id: str
-) -> Path | None:
-    """The folder of one sandbox, made if missing; None where sandboxes can't share one."""
+def has_exchange(orchestration: Orchestration, agent: Agent) -> bool:
+    """Whether each of its sandboxes shares a folder."""
     isolated = orchestration.config.sandbox.isolation != "none"
-    if orchestration.provider != "local" or not isolated or agent.network != "model_api":
-        return None
+    return orchestration.provider == "local" and isolated and agent.network == "model_api"
+
+
+def exchange_folder(home: Path, lease_id: str) -> Path:
+    """The folder of one sandbox, made if missing."""
     folder = _place(home, lease_id)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder

@@ -14,7 +14,7 @@ from sandbox_pipeline.agents.base import EXCHANGE_DIR, UsesModelApi
 from sandbox_pipeline.clock import now
 from sandbox_pipeline.config import RetryConfig
 from sandbox_pipeline.errors import ErrorKind, OwnershipError, ProviderError, StoreError
-from sandbox_pipeline.exchange import exchange_folder, remove_exchange_folder
+from sandbox_pipeline.exchange import exchange_folder, has_exchange, remove_exchange_folder
 from sandbox_pipeline.ownership import held_by
 from sandbox_pipeline.records import Lease, Orchestration, SandboxState, orchestration_key
 from sandbox_pipeline.retrying import next_pause, patiently
@@ -195,9 +195,8 @@ async def _spec(
     mounts: dict[str, str] = {}
     if orchestration.provider == "local" and lease.purpose != "verify":
         mounts |= agent.mounts(config.agent, runtime.environ)
-        shared = exchange_folder(runtime.settings.home, orchestration, agent, lease.lease_id)
-        if shared is not None:
-            mounts[str(shared)] = EXCHANGE_DIR
+        if has_exchange(orchestration, agent):
+            mounts[str(exchange_folder(runtime.settings.home, lease.lease_id))] = EXCHANGE_DIR
     spec = SandboxSpec(
         lease_id=lease.lease_id,
         metadata=await _metadata(runtime, lease),

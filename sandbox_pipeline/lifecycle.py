@@ -119,7 +119,7 @@ class ForkLife:
         Its slot is free afterwards. A sandbox that can't be ended now is left to the reaper;
         the outcome stays what it is.
         """
-        _, orchestration = await self._journal.read()
+        fork, orchestration = await self._journal.read()
         began = time.monotonic()
         await self._journal.count("cleanup")
         try:
@@ -129,7 +129,7 @@ class ForkLife:
             await self._journal.event("sandbox-cleaned", {"ok": False, "reason": short(str(error))})
             ended = []
         seconds = time.monotonic() - began
-        fork, orchestration = await self._journal.read()
+        # By then it had its outcome; that nothing is to be verified after all, is seen there.
         if not verification.is_wanted(orchestration, fork):
             self._runtime.slots.give_back(self._ref)
 
@@ -145,11 +145,12 @@ class ForkLife:
                 timings=fork.timings.model_copy(update={"cleanup_seconds": seconds}),
             )
 
-        await settle(self._store, await self._journal.change(finish))
-        for lease in ended:
-            await self._journal.event(
-                "sandbox-cleaned", {"ok": True, "sandbox_id": lease.sandbox_id}
-            )
+        cleaned = [{"ok": True, "sandbox_id": lease.sandbox_id} for lease in ended]
+        event = "sandbox-cleaned" if cleaned else None
+        fork = await self._journal.change(finish, event, cleaned[0] if cleaned else None)
+        await settle(self._store, fork)
+        for payload in cleaned[1:]:
+            await self._journal.event("sandbox-cleaned", payload)
 
     async def verify_patch(self) -> None:
         """Try the fork's patch in a fresh sandbox; the fork's outcome stays what it is.

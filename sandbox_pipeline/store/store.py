@@ -46,6 +46,9 @@ RECORD = sa.select(tables.state.c.value, tables.state.c.version).where(
 LOCKED_RECORD = RECORD.with_for_update()
 # Shared: many forks write at once, and a change of the owner waits for all of them.
 OWNING_RECORD = RECORD.with_for_update(read=True)
+TWO_RECORDS = sa.select(tables.state.c.key, tables.state.c.value, tables.state.c.version).where(
+    sa.or_(*(tables.state.c.key == sa.bindparam(name) for name in ("fork", "orchestration")))
+)
 CHANGED_RECORD = (
     tables.state.update()
     .where(
@@ -137,11 +140,15 @@ class Store:
         keys = (fork_key(workflow_id, fork_num), orchestration_key(workflow_id))
 
         def read(connection: Connection) -> tuple[Fork, Orchestration]:
-            fork = _get(connection, Fork, keys[0])
-            orchestration = _get(connection, Orchestration, keys[1])
-            if fork is None or orchestration is None:
+            rows = connection.execute(TWO_RECORDS, {"fork": keys[0], "orchestration": keys[1]})
+            found = {row.key: row for row in rows}
+            if len(found) < len(keys):
                 raise KeyError(keys[0])
-            return fork, orchestration
+            fork, orchestration = (found[key] for key in keys)
+            return (
+                _load(Fork, fork.value, fork.version),
+                _load(Orchestration, orchestration.value, orchestration.version),
+            )
 
         return await self._run(read, write=False)
 
