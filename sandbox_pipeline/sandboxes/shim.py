@@ -2,9 +2,8 @@
 
 Started as `python3 -I -S shim.py LISTEN_FD LIFELINE_FD NAME [direct]`; standard library only,
 Python >= 3.9, few imports, since every sandbox pays for them. Nothing inside can reach the socket
-by a path. Each connection carries one request, and none blocks another: one loop follows all
-commands, what takes no time is answered at once, and what is large is moved by a process of its
-own. NAME is there to be found by.
+by a path. Each connection carries one request, and none blocks another: one loop moves all files
+and follows all commands. NAME is there to be found by.
 
 A message is a 4-byte length of a JSON header, an 8-byte length of a body (both big-endian), the
 header, the body. A request's header has `op`; an answer's has `error` where the request failed.
@@ -27,17 +26,18 @@ import time
 # The C modules beneath signal, socket and json: those alone make up most of a sandbox's start,
 # by what they import for features that are not used here.
 from _json import encode_basestring_ascii, make_scanner
-from _socket import MSG_DONTWAIT, MSG_PEEK
 from _socket import socket as Socket  # noqa: N812
 
 TYPE_CHECKING = False  # as type checkers know it; the module typing takes 3 ms to import
 if TYPE_CHECKING:
     import signal
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Generator
     from types import ModuleType
-    from typing import Any
+    from typing import Any, TypeVar
 
+    T = TypeVar("T")
     Message = dict[str, Any]
+    Waiting = Generator[int, None, T]  # gives what it waits for: POLLIN or POLLOUT
 else:
     import _signal as signal
 
@@ -50,9 +50,7 @@ EXIT_TIMED_OUT = 124
 EXIT_NOT_EXECUTABLE = 126
 EXIT_NOT_FOUND = 127
 SHIM_PID = os.getpid()
-AT_ONCE_MS = 5
-SMALL_REQUEST_BYTES = 8192
-SMALL_ANSWER_BYTES = 1 << 16
+PART_BYTES = 1 << 20
 
 
 class Ignored:
@@ -113,9 +111,9 @@ def main() -> None:
         _descendants().become_subreaper()
     for fd in (listener.fileno(), lifeline):
         os.set_inheritable(fd, False)
-    runs = _Runs(listener.fileno(), lifeline)
+    loop = _Loop(listener.fileno(), lifeline)
     while True:
-        ready = runs.step()
+        ready = loop.step()
         if lifeline in ready:
             if direct:
                 _descendants().kill_descendants()
@@ -128,7 +126,8 @@ def main() -> None:
         except OSError:
             time.sleep(0.05)
             continue
-        _serve_apart(connection, listener, runs)
+        connection.setblocking(False)
+        loop.add(_Exchange(connection, loop))
 
 
 def _is_direct() -> bool:
@@ -166,122 +165,45 @@ def _stat_fields(pid: str) -> list[str]:
         return file.read().rpartition(")")[2].split()
 
 
-def _serve_apart(connection: Socket, listener: Socket, runs: _Runs) -> None:
-    request = None
-    with Ignored(OSError, EOFError, ValueError, TypeError, KeyError):
-        request = _small_request(connection)
-        if request is not None and request[0]["op"] == "run":
-            runs.add(_Run(connection, *request))
-            return
-        if request is not None and _serve_at_once(connection, *request):
-            connection.close()
-            return
+def _serve(connection: Socket, loop: _Loop) -> Waiting[bool]:
+    """Receive one request and answer it; False where a command has it from there on."""
+    begin = yield from _received(connection, LENGTHS.size)
+    header_length, length = LENGTHS.unpack(begin)
+    header = yield from _received(connection, header_length)
+    body = b""
     try:
-        pid = os.fork()
-    except OSError:
-        # No further process is allowed: files can still be read and written from here.
-        _serve(connection, request, runs)
-        connection.close()
-        return
-    if pid:
-        connection.close()
-        return
-    try:
-        listener.close()
-        runs.forget()
-        _serve(connection, request, _Runs())
-    finally:
-        os._exit(0)
-
-
-def _small_request(connection: Socket) -> tuple[Message, bytes] | None:
-    """A small request, if one is there already; None leaves all of it to be received."""
-    poll = select.poll()
-    poll.register(connection, select.POLLIN)
-    if not poll.poll(AT_ONCE_MS):
-        return None
-    flags = MSG_PEEK | MSG_DONTWAIT
-    waiting = connection.recv(SMALL_REQUEST_BYTES, flags)
-    if len(waiting) < LENGTHS.size:
-        return None
-    header_length, body_length = LENGTHS.unpack(waiting[: LENGTHS.size])
-    body_begin = LENGTHS.size + header_length
-    if len(waiting) < body_begin + body_length:
-        return None
-    data = _receive(connection, body_begin + body_length)
-    return _parsed(data[LENGTHS.size : body_begin]), data[body_begin:]
-
-
-def _serve_at_once(connection: Socket, request: Message, body: bytes) -> bool:
-    """Answer what can't block and fits into the socket's buffer, without a process of its own.
-
-    An agent's output is asked for many times a second; a process each would cost more than the
-    agent's own start.
-    """
-    if request["op"] == "ping":
-        _send(connection, {}, b"")
-        return True
-    if request["op"] == "write":
-        try:
-            _write(request["path"], (body,))
-        except OSError as error:
-            _send(connection, _failure(error), b"")
+        request = _parsed(header)
+        if request["op"] == "write":
+            yield from _write(request["path"], connection, length)
         else:
-            _send(connection, {}, b"")
-        return True
-    if request["op"] == "read":
+            received = yield from _received(connection, length)
+            if request["op"] == "run":
+                loop.add(_Run(connection, request, received))
+                return False
+        answer, body = _answer(request)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        answer = _failure(error)
+    left = memoryview(_message(answer, body))
+    while left:
         try:
-            limit = min(request["max"], SMALL_ANSWER_BYTES + 1)
-            body = _read(request["path"], request["offset"], limit)
-        except OSError as error:
-            _send(connection, _failure(error), b"")
-            return True
-        if len(body) <= SMALL_ANSWER_BYTES:
-            _send(connection, {}, body)
-            return True
-    return False
+            left = left[connection.send(left) :]
+        except BlockingIOError:
+            yield select.POLLOUT
+    return True
 
 
-def _serve(connection: Socket, request: tuple[Message, bytes] | None, runs: _Runs) -> None:
-    """Receive what is left of a request, and answer it."""
-    with Ignored(OSError, EOFError):
-        connection.settimeout(TRANSFER_SECONDS)
+def _received(connection: Socket, length: int) -> Waiting[bytes]:
+    data = bytearray()
+    while len(data) < length:
         try:
-            if request is None:
-                header_length, left = LENGTHS.unpack(_receive(connection, LENGTHS.size))
-                header = _parsed(_receive(connection, header_length))
-                if header["op"] == "write":
-                    _write_received(connection, header["path"], left)
-                    request = {"op": "ping"}, b""
-                else:
-                    request = header, _receive(connection, left)
-            if request[0]["op"] == "run":
-                runs.follow(_Run(connection, *request))
-                return
-            answer, body = _answer(request[0])
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            answer, body = _failure(error), b""
-        _send(connection, answer, body)
-
-
-def _write_received(connection: Socket, path: str, length: int) -> None:
-    """Write a file's content as it comes."""
-
-    def parts() -> Iterator[bytes]:
-        nonlocal length
-        while length:
-            part = _receive(connection, min(length, 1 << 20))
-            length -= len(part)
-            yield part
-
-    content = parts()
-    try:
-        _write(path, content)
-    except OSError:
-        # The host sends all before it listens to the answer.
-        for _ in content:
-            pass
-        raise
+            part = connection.recv(min(PART_BYTES, length - len(data)))
+        except BlockingIOError:
+            yield select.POLLIN
+            continue
+        if not part:
+            raise EOFError
+        data += part
+    return bytes(data)
 
 
 def _failure(error: Exception) -> Message:
@@ -295,30 +217,16 @@ def _message(header: Message, body: bytes) -> bytes:
     return LENGTHS.pack(len(data), len(body)) + data + body
 
 
-def _send(connection: Socket, header: Message, body: bytes) -> None:
-    connection.sendall(_message(header, body))
-
-
 def _answer(request: Message) -> tuple[Message, bytes]:
     op = request["op"]
     if op == "read":
         return {}, _read(request["path"], request["offset"], request["max"])
     if op == "resources":
         return {"cpu_seconds": _cpu_seconds()}, b""
-    if op == "ping":
+    if op in ("ping", "write"):
         return {}, b""
     message = f"unknown operation {op!r}"
     raise ValueError(message)
-
-
-def _receive(connection: Socket, length: int) -> bytes:
-    data = bytearray()
-    while len(data) < length:
-        part = connection.recv(min(1 << 20, length - len(data)))
-        if not part:
-            raise EOFError
-        data += part
-    return bytes(data)
 
 
 def _read(path: str, offset: int, limit: int) -> bytes:
@@ -330,7 +238,7 @@ def _read(path: str, offset: int, limit: int) -> bytes:
         os.lseek(fd, offset, os.SEEK_SET)
         data = bytearray()
         while len(data) < limit:
-            part = os.read(fd, min(1 << 20, limit - len(data)))
+            part = os.read(fd, min(PART_BYTES, limit - len(data)))
             if not part:
                 break
             data += part
@@ -339,24 +247,42 @@ def _read(path: str, offset: int, limit: int) -> bytes:
         os.close(fd)
 
 
-def _write(path: str, parts: Iterable[bytes]) -> None:
+def _write(path: str, connection: Socket, length: int) -> Waiting[None]:
+    """Replace a file by what comes."""
     folder = os.path.dirname(path)
     temporary = os.path.join(folder, f".sandbox-{os.getpid()}-{time.monotonic_ns():x}")
+    fd = -1
+    failure = None
     try:
-        os.makedirs(folder, exist_ok=True)
-        mode = _mode(path)
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
         try:
-            for part in parts:
-                left = memoryview(part)
-                while left:
-                    left = left[os.write(fd, left) :]
-        finally:
-            os.close(fd)
+            os.makedirs(folder, exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            fd = os.open(temporary, flags, _mode(path))
+        except OSError as error:
+            failure = error
+        while length:
+            part = yield from _received(connection, min(length, PART_BYTES))
+            length -= len(part)
+            # The host sends all before it listens to the answer.
+            failure = failure or _write_part(fd, part)
+        if failure is not None:
+            raise failure
         os.rename(temporary, path)
     finally:
+        if fd >= 0:
+            os.close(fd)
         with Ignored(OSError):
             os.unlink(temporary)
+
+
+def _write_part(fd: int, part: bytes) -> OSError | None:
+    left = memoryview(part)
+    try:
+        while left:
+            left = left[os.write(fd, left) :]
+    except OSError as error:
+        return error
+    return None
 
 
 def _mode(path: str) -> int:
@@ -435,7 +361,6 @@ class _Run:
 
     def start(self) -> None:
         """Start the command; one that can't be started ends with the exit code of a shell."""
-        self.connection.setblocking(False)
         fds: list[int] = []
         try:
             stdin, self.stdin_fd = os.pipe()
@@ -557,12 +482,53 @@ class _Run:
         return bool(self.answer)
 
 
-class _Runs:
-    """The commands that this process follows, and the loop that waits for all of them."""
+class _Exchange:
+    """One connection, until its request is answered or a command has it.
+
+    Attributes:
+        end: when the host takes too long.
+    """
+
+    def __init__(self, connection: Socket, loop: _Loop) -> None:
+        self.connection = connection
+        self.work = _serve(connection, loop)
+        self.waits_for = select.POLLIN
+        self.answered = True
+        self.end = 0.0
+
+    def start(self) -> None:
+        """Nothing to start: the host sends first."""
+        self.end = time.monotonic() + TRANSFER_SECONDS
+
+    def interests(self) -> list[tuple[int, int]]:
+        """What to wait for: descriptors and events."""
+        return [(self.connection.fileno(), self.waits_for)]
+
+    def advance(self, ready: set[int]) -> bool:
+        """Do what can be done now; False once there is no more to do."""
+        if self.connection.fileno() not in ready:
+            return time.monotonic() < self.end
+        try:
+            self.waits_for = next(self.work)
+        except StopIteration as done:
+            self.answered = done.value
+            return False
+        self.end = time.monotonic() + TRANSFER_SECONDS
+        return True
+
+    def close(self) -> None:
+        """Let go of the connection, unless a command has it."""
+        self.work.close()
+        if self.answered:
+            self.connection.close()
+
+
+class _Loop:
+    """What this process has under way, and the loop that waits for all of it."""
 
     def __init__(self, *watched: int) -> None:
         """What is `watched` is waited for too."""
-        self.under_way: list[_Run] = []
+        self.under_way: list[_Run | _Exchange] = []
         wake_fd, self.wake = os.pipe()
         for fd in (wake_fd, self.wake):
             os.set_blocking(fd, False)
@@ -570,17 +536,11 @@ class _Runs:
         signal.signal(signal.SIGCHLD, lambda _signum, _frame: None)
         signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
 
-    def add(self, run: _Run) -> None:
-        """Start a command."""
-        self.under_way.append(run)
-        run.start()
-        self._advance(run, set())
-
-    def follow(self, run: _Run) -> None:
-        """Start a command, and do nothing else until it is answered."""
-        self.add(run)
-        while run in self.under_way:
-            self.step()
+    def add(self, one: _Run | _Exchange) -> None:
+        """Begin with it."""
+        self.under_way.append(one)
+        one.start()
+        self._advance(one, set())
 
     def step(self) -> set[int]:
         """Wait until something happens, and do what follows; the descriptors that are ready."""
@@ -588,33 +548,26 @@ class _Runs:
         for fd in self.watched:
             poll.register(fd, select.POLLIN)
         pause = None
-        for run in self.under_way:
-            for fd, event in run.interests():
+        for one in self.under_way:
+            for fd, event in one.interests():
                 poll.register(fd, event)
-            left = max(0.0, run.end - time.monotonic()) * 1000 + 1
+            left = max(0.0, one.end - time.monotonic()) * 1000 + 1
             pause = left if pause is None else min(pause, left)
         ready = {fd for fd, _ in poll.poll(pause)}
         if self.watched[0] in ready:
             os.read(self.watched[0], CHUNK)
             self._reap()
-        for run in tuple(self.under_way):
-            self._advance(run, ready)
+        for one in tuple(self.under_way):
+            self._advance(one, ready)
         return ready
 
-    def forget(self) -> None:
-        """In a process of its own: leave all to the one that has started them."""
-        for run in self.under_way:
-            run.close()
-        os.close(self.watched[0])
-        os.close(self.wake)
-
-    def _advance(self, run: _Run, ready: set[int]) -> None:
+    def _advance(self, one: _Run | _Exchange, ready: set[int]) -> None:
         goes_on = False
-        with Ignored(OSError, ValueError):
-            goes_on = run.advance(ready)
+        with Ignored(OSError, EOFError, ValueError):
+            goes_on = one.advance(ready)
         if not goes_on:
-            self.under_way.remove(run)
-            run.close()
+            self.under_way.remove(one)
+            one.close()
 
     def _reap(self) -> None:
         with Ignored(ChildProcessError):
@@ -623,9 +576,9 @@ class _Runs:
                 if not pid:
                     return
                 code = os.waitstatus_to_exitcode(status)
-                for run in self.under_way:
-                    if run.pid == pid:
-                        run.ended(code if code >= 0 else 128 - code)
+                for one in self.under_way:
+                    if isinstance(one, _Run) and one.pid == pid:
+                        one.ended(code if code >= 0 else 128 - code)
 
 
 def _spawn(request: Message, fds: list[int]) -> int:
