@@ -181,7 +181,8 @@ async def _run(sandbox: Sandbox, task: Task, reporter: Reporter, route: _Route) 
         ) as log:
 
             async def on_output(source: str, chunk: bytes) -> None:
-                await log.feed(source, chunk)
+                with transcript.many():
+                    await log.feed(source, chunk)
                 _count_partials(stream, route)
                 if stream.turns:
                     line = route.meter.progress(stream.progress)

@@ -62,7 +62,8 @@ class CommandAgent:
             with OutputLog(task.artifacts, task.redactor, on_line) as log:
 
                 async def on_output(stream: str, chunk: bytes) -> None:
-                    await log.feed(stream, chunk)
+                    with transcript.many():
+                        await log.feed(stream, chunk)
                     if last:
                         await reporter.progress(last[-1])
 

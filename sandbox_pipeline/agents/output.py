@@ -66,10 +66,10 @@ class OutputLog:
             return
         self._files[stream].write(data)
         self._files[stream].flush()
-        *lines, rest = data.split(b"\n")
         partial = self._partial[stream]
-        for line in lines:
-            partial += line
+        lines, newline, rest = data.rpartition(b"\n")
+        if newline:
+            partial += lines
             self._emit(stream, bytes(partial))
             partial.clear()
         partial += rest
@@ -77,8 +77,9 @@ class OutputLog:
             self._emit(stream, bytes(partial[: self._max_line_bytes]))
             del partial[: self._max_line_bytes]
 
-    def _emit(self, stream: str, line: bytes) -> None:
-        self._on_line(stream, line.decode("utf-8", "replace").rstrip("\r"))
+    def _emit(self, stream: str, lines: bytes) -> None:
+        for line in lines.decode("utf-8", "replace").split("\n"):
+            self._on_line(stream, line.rstrip("\r"))
 
     def __enter__(self) -> Self:
         return self

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
+
+from pydantic_core import to_json
 
 from sandbox_pipeline.records import Value
 from sandbox_pipeline.redaction import Redactor
 
 MAX_TEXT = 100_000
 MAX_TRANSCRIPT_BYTES = 20_000_000
+BUFFER_BYTES = 1 << 18
 
 EntryType = Literal[
     "system", "prompt", "text", "thinking", "tool_use", "tool_result", "output", "result"
@@ -43,32 +48,47 @@ class TranscriptWriter:
     """Writes a transcript anew; redacts, and bounds each entry and the whole."""
 
     def __init__(self, path: Path, redactor: Redactor) -> None:
-        self._file = path.open("wb")
+        self._file = path.open("wb", buffering=BUFFER_BYTES)
         self._redactor = redactor
         self._written = 0
+        self._many = False
         self.truncated = False
         self.leaked = False
 
     def add(self, entry_type: EntryType, text: str = "", **fields: Any) -> None:
-        """Append one entry; silently no more once the transcript is full (`truncated`)."""
+        """Append one entry; silently no more once the transcript is full (`truncated`).
+
+        Args:
+            entry_type: see `Entry`.
+            text: likewise.
+            **fields: the other ones of `Entry`.
+        """
         if self.truncated:
             return
         if len(text) > MAX_TEXT:
             text = f"{text[:MAX_TEXT]}… ({len(text)} characters)"
         # JSON allows halves of surrogate pairs in strings, UTF-8 does not.
         text = text.encode("utf-8", "replace").decode("utf-8")
-        entry = Entry(time=time.time(), type=entry_type, text=text, **fields)
-        line = entry.model_dump_json(exclude_none=True).encode() + b"\n"
-        line, leaked = self._redactor.clean(line)
+        line, leaked = self._redactor.clean(_line(entry_type, text, fields))
         self.leaked = self.leaked or leaked
         if self._written + len(line) > MAX_TRANSCRIPT_BYTES:
             self.truncated = True
             full = "transcript is full; the rest is in the logs"
-            last = Entry(time=time.time(), type="system", text=full)
-            line = last.model_dump_json(exclude_none=True).encode() + b"\n"
+            line = _line("system", full, {})
         self._file.write(line)
-        self._file.flush()
         self._written += len(line)
+        if not self._many:
+            self._file.flush()
+
+    @contextmanager
+    def many(self) -> Generator[None]:
+        """Entries that come at once are also written at once, at its end."""
+        self._many = True
+        try:
+            yield
+        finally:
+            self._many = False
+            self._file.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -80,6 +100,13 @@ class TranscriptWriter:
         traceback: TracebackType | None,
     ) -> None:
         self._file.close()
+
+
+def _line(entry_type: EntryType, text: str, fields: Mapping[str, Any]) -> bytes:
+    """An `Entry` as JSON, which is not made first: that takes longer than all else of a line."""
+    entry = {"time": time.time(), "type": entry_type, "text": text}
+    entry |= {name: value for name, value in fields.items() if value is not None}
+    return to_json(entry, inf_nan_mode="null") + b"\n"
 
 
 def read_transcript(path: Path) -> list[Entry]:
