@@ -55,8 +55,8 @@ logger = logging.getLogger(__name__)
 SLOT_POLL_SECONDS = 0.25
 
 
-# The last opens a file to write to it, and leaves it as it is.
-_HEALTHY = "git rev-parse HEAD > /dev/null && : >> .git/config"
+# The first opens a file to write to it, and leaves it as it is.
+_HEALTHY = ": >> .git/config && exec git rev-parse HEAD > /dev/null"
 
 
 class ForkLife:
