@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from sandbox_pipeline.records import Outcome
+if TYPE_CHECKING:
+    from sandbox_pipeline.records import Outcome
 
 SUCCESS = 0
 INTERNAL = 1
@@ -27,6 +29,8 @@ EXIT_CODES = {
 
 def of_outcomes(outcomes: Sequence[Outcome]) -> int:
     """The exit code of an orchestration that was completed."""
+    from sandbox_pipeline.records import Outcome  # not for a help text, which it takes longest of
+
     succeeded = sum(outcome is Outcome.SUCCESS for outcome in outcomes)
     if Outcome.CANCELLED in outcomes:
         return CANCELLED
