@@ -129,7 +129,7 @@ class ForkLife:
             await self._journal.event("sandbox-cleaned", {"ok": False, "reason": short(str(error))})
             ended = []
         seconds = time.monotonic() - began
-        # By then it had its outcome; that nothing is to be verified after all, is seen there.
+        # As it was before: should it be cancelled meanwhile, `verify_patch` gives the slot back.
         if not verification.is_wanted(orchestration, fork):
             self._runtime.slots.give_back(self._ref)
 

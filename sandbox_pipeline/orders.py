@@ -75,7 +75,7 @@ class Orders:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._watches: dict[tuple[str, str], list[_Watch]] = {}
+        self._watchers: dict[tuple[str, str], list[_Watcher]] = {}
         self._readers: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     async def of(self, ref: ForkRef, run_id: str) -> Stop | None:
@@ -99,14 +99,14 @@ class Orders:
             obeys: whether the fork has to obey an order; others are passed over.
         """
         key = (ref.workflow_id, run_id)
-        made = _Watch(ref.fork_num, obeys, asyncio.get_running_loop().create_future())
-        self._watches.setdefault(key, []).append(made)
+        made = _Watcher(ref.fork_num, obeys, asyncio.get_running_loop().create_future())
+        self._watchers.setdefault(key, []).append(made)
         if key not in self._readers:
             self._readers[key] = asyncio.create_task(self._read(*key))
         try:
             yield made.ordered
         finally:
-            self._watches[key].remove(made)
+            self._watchers[key].remove(made)
             if not made.ordered.cancel():
                 made.ordered.exception()  # looked at, so that nobody complains of it
 
@@ -114,22 +114,22 @@ class Orders:
         """Read orders as long as somebody watches."""
         key = (workflow_id, run_id)
         try:
-            while self._watches[key]:
+            while self._watchers[key]:
                 await asyncio.sleep(POLL_SECONDS)
                 try:
                     judge = await self._judge(workflow_id, run_id)
                 except StoreError as error:
                     logger.warning("orders can't be read: %s", error)
                 except Exception as error:  # noqa: BLE001 (raised where it is waited for)
-                    for watch in self._watches[key]:
-                        watch.fail(error)
+                    for watcher in self._watchers[key]:
+                        watcher.fail(error)
                 else:
-                    for watch in self._watches[key]:
-                        watch.tell(judge)
+                    for watcher in self._watchers[key]:
+                        watcher.tell(judge)
         finally:
             del self._readers[key]
-            if not self._watches[key]:
-                del self._watches[key]
+            if not self._watchers[key]:
+                del self._watchers[key]
 
     async def _judge(self, workflow_id: str, run_id: str) -> Judge:
         orchestration = await self._store.need(Orchestration, orchestration_key(workflow_id))
@@ -143,7 +143,7 @@ class Orders:
 
 
 @dataclass(frozen=True, eq=False)
-class _Watch:
+class _Watcher:
     fork_num: int
     obeys: Callable[[Stop], bool]
     ordered: asyncio.Future[Stop]

@@ -184,11 +184,8 @@ def _serve(connection: Socket, loop: _Loop) -> Waiting[bool]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         answer = _failure(error)
     left = memoryview(_message(answer, body))
-    while left:
-        try:
-            left = left[connection.send(left) :]
-        except BlockingIOError:
-            yield select.POLLOUT
+    while left := _sent(connection, left):
+        yield select.POLLOUT
     return True
 
 
@@ -204,6 +201,14 @@ def _received(connection: Socket, length: int) -> Waiting[bytes]:
             raise EOFError
         data += part
     return bytes(data)
+
+
+def _sent(connection: Socket, left: memoryview) -> memoryview:
+    """Send what the host takes; what is left."""
+    with Ignored(BlockingIOError):
+        while left:
+            left = left[connection.send(left) :]
+    return left
 
 
 def _failure(error: Exception) -> Message:
@@ -403,8 +408,9 @@ class _Run:
                 self._stop_waiting()
             if self.exit_code is None or self.out.fd >= 0 or self.err.fd >= 0:
                 return True
-            self._conclude()
-        return self._send() and time.monotonic() < self.end
+            self.answer = self._conclude()
+        self.answer = _sent(self.connection, self.answer)
+        return bool(self.answer) and time.monotonic() < self.end
 
     def ended(self, code: int) -> None:
         """It has this exit code; what still writes its output is waited for, but not long."""
@@ -463,23 +469,16 @@ class _Run:
             time.sleep(0.002)
         self.ended(128 + signal.SIGKILL)
 
-    def _conclude(self) -> None:
+    def _conclude(self) -> memoryview:
         header: Message = {
             "exit_code": EXIT_TIMED_OUT if self.timed_out else self.exit_code,
             "timed_out": self.timed_out,
             "truncated": self.out.truncated or self.err.truncated,
             "stdout": len(self.out.kept),
         }
-        self.answer = memoryview(_message(header, bytes(self.out.kept + self.err.kept)))
         self._close_stdin()
         self.end = time.monotonic() + TRANSFER_SECONDS
-
-    def _send(self) -> bool:
-        """Send what the host takes; whether some is left."""
-        with Ignored(BlockingIOError):
-            while self.answer:
-                self.answer = self.answer[self.connection.send(self.answer) :]
-        return bool(self.answer)
+        return memoryview(_message(header, bytes(self.out.kept + self.err.kept)))
 
 
 class _Exchange:
