@@ -61,8 +61,6 @@ class StoppedError(PipelineError):
 
 Judge = Callable[[int], Stop | None]
 """Why the fork of this number has to stop, if it has to."""
-Watch = AbstractContextManager[asyncio.Future[Stop]]
-"""While it is entered, orders are read; done with the first that the fork has to obey."""
 
 
 def all_orders(_stop: Stop) -> bool:
@@ -75,7 +73,9 @@ class Orders:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._watchers: dict[tuple[str, str], list[_Watcher]] = {}
+        # Held while orders are read and told.
+        self._reading = asyncio.Lock()
+        self._watchers: dict[tuple[str, str], list[Watcher]] = {}
         self._readers: dict[tuple[str, str], asyncio.Task[None]] = {}
 
     async def of(self, ref: ForkRef, run_id: str) -> Stop | None:
@@ -90,8 +90,8 @@ class Orders:
     @contextlib.contextmanager
     def watch(
         self, ref: ForkRef, run_id: str, obeys: Callable[[Stop], bool] = all_orders
-    ) -> Generator[asyncio.Future[Stop]]:
-        """See `Watch`; the future raises `OwnershipError` as `of` does.
+    ) -> Generator[Watcher]:
+        """Read orders twice a second; gives who waits for the first that the fork has to obey.
 
         Args:
             ref: the fork.
@@ -99,12 +99,13 @@ class Orders:
             obeys: whether the fork has to obey an order; others are passed over.
         """
         key = (ref.workflow_id, run_id)
-        made = _Watcher(ref.fork_num, obeys, asyncio.get_running_loop().create_future())
+        ordered: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
+        made = Watcher(ref.fork_num, obeys, ordered, self._reading)
         self._watchers.setdefault(key, []).append(made)
         if key not in self._readers:
             self._readers[key] = asyncio.create_task(self._read(*key))
         try:
-            yield made.ordered
+            yield made
         finally:
             self._watchers[key].remove(made)
             if not made.ordered.cancel():
@@ -116,20 +117,25 @@ class Orders:
         try:
             while self._watchers[key]:
                 await asyncio.sleep(POLL_SECONDS)
-                try:
-                    judge = await self._judge(workflow_id, run_id)
-                except StoreError as error:
-                    logger.warning("orders can't be read: %s", error)
-                except Exception as error:  # noqa: BLE001 (raised where it is waited for)
-                    for watcher in self._watchers[key]:
-                        watcher.fail(error)
-                else:
-                    for watcher in self._watchers[key]:
-                        watcher.tell(judge)
+                async with self._reading:
+                    await self._tell(workflow_id, run_id)
         finally:
             del self._readers[key]
             if not self._watchers[key]:
                 del self._watchers[key]
+
+    async def _tell(self, workflow_id: str, run_id: str) -> None:
+        watchers = self._watchers[workflow_id, run_id]
+        try:
+            judge = await self._judge(workflow_id, run_id)
+        except StoreError as error:
+            logger.warning("orders can't be read: %s", error)
+        except Exception as error:  # noqa: BLE001 (raised where it is waited for)
+            for watcher in watchers:
+                watcher.fail(error)
+        else:
+            for watcher in watchers:
+                watcher.tell(judge)
 
     async def _judge(self, workflow_id: str, run_id: str) -> Judge:
         orchestration = await self._store.need(Orchestration, orchestration_key(workflow_id))
@@ -143,20 +149,39 @@ class Orders:
 
 
 @dataclass(frozen=True, eq=False)
-class _Watcher:
+class Watcher:
+    """Waits for the first order that a fork has to obey."""
+
     fork_num: int
     obeys: Callable[[Stop], bool]
     ordered: asyncio.Future[Stop]
+    reading: asyncio.Lock
+
+    async def first_before(self, work: asyncio.Future[T]) -> Stop | None:
+        """The order that comes before the work has ended, or was being read by then.
+
+        Raises:
+            OwnershipError: the run lost the orchestration, or is dead; nothing may be touched.
+        """
+        await asyncio.wait({work, self.ordered}, return_when=asyncio.FIRST_COMPLETED)
+        # What ended the work may be what others did for that order, such as ending the sandbox.
+        async with self.reading:
+            return self.ordered.result() if self.ordered.done() else None
 
     def tell(self, judge: Judge) -> None:
+        """Heed what the records say."""
         if not self.ordered.done():
             stop = judge(self.fork_num)
             if stop is not None and self.obeys(stop):
                 self.ordered.set_result(stop)
 
     def fail(self, error: Exception) -> None:
+        """Raise this where the order is waited for."""
         if not self.ordered.done():
             self.ordered.set_exception(error)
+
+
+Watch = AbstractContextManager[Watcher]
 
 
 def judge_of(orchestration: Orchestration, forks: Sequence[Fork]) -> Judge:
@@ -199,8 +224,8 @@ async def obeying(work: Awaitable[T], watch: Watch) -> T:
     """
     task = asyncio.ensure_future(work)
     try:
-        with watch as ordered:
-            stop = await _first_order(task, ordered)
+        with watch as watcher:
+            stop = await watcher.first_before(task)
         if stop is not None:
             raise StoppedError(stop)
         return task.result()
@@ -227,8 +252,8 @@ async def run_obeying(
     """
     task = asyncio.ensure_future(work)
     try:
-        with watch as ordered:
-            stop = await _first_order(task, ordered)
+        with watch as watcher:
+            stop = await watcher.first_before(task)
         if stop is None:
             return task.result()
         try:
@@ -250,11 +275,6 @@ async def run_obeying(
         return said.model_copy(update=changes)
     finally:
         await _break_off(task)
-
-
-async def _first_order(task: asyncio.Future[T], ordered: asyncio.Future[Stop]) -> Stop | None:
-    await asyncio.wait({task, ordered}, return_when=asyncio.FIRST_COMPLETED)
-    return None if task.done() else ordered.result()
 
 
 async def _break_off(task: asyncio.Future[T]) -> None:

@@ -19,9 +19,10 @@ from sandbox_pipeline.agents.command import CommandAgent
 from sandbox_pipeline.budgets import spent_usd
 from sandbox_pipeline.clock import now
 from sandbox_pipeline.config import OrchestrationConfig
-from sandbox_pipeline.errors import OwnershipError
+from sandbox_pipeline.errors import ErrorKind, OwnershipError, ProviderError
 from sandbox_pipeline.lifecycle import ForkLife
 from sandbox_pipeline.orchestrating import begin, complete
+from sandbox_pipeline.orders import StoppedError, obeying
 from sandbox_pipeline.records import (
     AgentResult,
     Control,
@@ -65,6 +66,30 @@ async def until(condition: Callable[[list[Fork]], bool], runtime: Runtime) -> li
 
 def working(count: int) -> Callable[[list[Fork]], bool]:
     return lambda forks: sum(fork.attempts.get("agent") == 1 for fork in forks) == count
+
+
+async def test_an_order_that_is_being_read_as_the_work_ends_is_obeyed(
+    runtime: Runtime, config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ended the work may be what others did for that order."""
+    await begin(runtime, config(), "w", "run-1")
+    await order(runtime, Control.CANCEL)
+    read, asked, goes_on = runtime.store.forks, asyncio.Event(), asyncio.Event()
+
+    async def slowly(workflow_id: str) -> list[Fork]:
+        asked.set()
+        await goes_on.wait()
+        return await read(workflow_id)
+
+    async def work() -> None:
+        await asked.wait()
+        asyncio.get_running_loop().call_later(0.05, goes_on.set)
+        raise ProviderError(ErrorKind.GONE, "its sandbox was ended")
+
+    monkeypatch.setattr(runtime.store, "forks", slowly)
+    watch = runtime.orders.watch(ForkRef(workflow_id="w", fork_num=0), "run-1")
+    with pytest.raises(StoppedError, match="cancelled by command"):
+        await obeying(work(), watch)
 
 
 async def test_cancelling_one_fork_stops_its_agent_and_keeps_its_patch(
