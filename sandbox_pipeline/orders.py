@@ -11,7 +11,8 @@ import logging
 from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from sandbox_pipeline.budgets import limit_usd, spent_usd
 from sandbox_pipeline.errors import OwnershipError, PipelineError, ProviderError, StoreError
@@ -73,8 +74,6 @@ class Orders:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        # Held while orders are read and told.
-        self._reading = asyncio.Lock()
         self._watchers: dict[tuple[str, str], list[Watcher]] = {}
         self._readers: dict[tuple[str, str], asyncio.Task[None]] = {}
 
@@ -100,7 +99,7 @@ class Orders:
         """
         key = (ref.workflow_id, run_id)
         ordered: asyncio.Future[Stop] = asyncio.get_running_loop().create_future()
-        made = Watcher(ref.fork_num, obeys, ordered, self._reading)
+        made = Watcher(ref.fork_num, obeys, ordered, partial(self._cancel_of, ref, run_id))
         self._watchers.setdefault(key, []).append(made)
         if key not in self._readers:
             self._readers[key] = asyncio.create_task(self._read(*key))
@@ -117,8 +116,7 @@ class Orders:
         try:
             while self._watchers[key]:
                 await asyncio.sleep(POLL_SECONDS)
-                async with self._reading:
-                    await self._tell(workflow_id, run_id)
+                await self._tell(workflow_id, run_id)
         finally:
             del self._readers[key]
             if not self._watchers[key]:
@@ -136,6 +134,16 @@ class Orders:
         else:
             for watcher in watchers:
                 watcher.tell(judge)
+
+    async def _cancel_of(self, ref: ForkRef, run_id: str) -> Stop | None:
+        """As `of`, for cancels by command only, and cheap however many forks there are."""
+        try:
+            fork, orchestration = await self._store.fork(ref.workflow_id, ref.fork_num)
+        except StoreError as error:
+            logger.warning("orders can't be read: %s", error)
+            return None
+        held_by(run_id)(orchestration)
+        return _cancel(orchestration, fork)
 
     async def _judge(self, workflow_id: str, run_id: str) -> Judge:
         orchestration = await self._store.need(Orchestration, orchestration_key(workflow_id))
@@ -155,18 +163,19 @@ class Watcher:
     fork_num: int
     obeys: Callable[[Stop], bool]
     ordered: asyncio.Future[Stop]
-    reading: asyncio.Lock
+    cancelled: Callable[[], Awaitable[Stop | None]]
 
-    async def first_before(self, work: asyncio.Future[T]) -> Stop | None:
-        """The order that comes before the work has ended, or was being read by then.
+    async def first_before(self, work: asyncio.Future[Any]) -> Stop | None:
+        """The order that comes before the work has ended, or a cancel that spoilt it.
 
         Raises:
             OwnershipError: the run lost the orchestration, or is dead; nothing may be touched.
         """
         await asyncio.wait({work, self.ordered}, return_when=asyncio.FIRST_COMPLETED)
-        # What ended the work may be what others did for that order, such as ending the sandbox.
-        async with self.reading:
-            return self.ordered.result() if self.ordered.done() else None
+        if self.ordered.done():
+            return self.ordered.result()
+        # Whoever cancels stops agents and ends sandboxes, which may be felt before it is read.
+        return None if _went_well(work) else await self.cancelled()
 
     def tell(self, judge: Judge) -> None:
         """Heed what the records say."""
@@ -192,8 +201,9 @@ def judge_of(orchestration: Orchestration, forks: Sequence[Fork]) -> Judge:
 
     def judge(fork_num: int) -> Stop | None:
         fork = forks[fork_num]
-        if Control.CANCEL in (fork.control, orchestration.control):
-            return Stop(Outcome.CANCELLED, "cancelled by command")
+        cancel = _cancel(orchestration, fork)
+        if cancel is not None:
+            return cancel
         enough = config.stop_after_verified
         if enough is not None and verified >= enough and not _is_verified(fork):
             message = f"no longer needed: {verified} verified (stop_after_verified: {enough})"
@@ -209,6 +219,19 @@ def judge_of(orchestration: Orchestration, forks: Sequence[Fork]) -> Judge:
         return None
 
     return judge
+
+
+def _cancel(orchestration: Orchestration, fork: Fork) -> Stop | None:
+    if Control.CANCEL in (fork.control, orchestration.control):
+        return Stop(Outcome.CANCELLED, "cancelled by command")
+    return None
+
+
+def _went_well(work: asyncio.Future[Any]) -> bool:
+    if work.cancelled() or work.exception() is not None:
+        return False
+    result = work.result()
+    return not isinstance(result, AgentResult) or result.outcome is Outcome.SUCCESS
 
 
 def _is_verified(fork: Fork) -> bool:

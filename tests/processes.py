@@ -1,15 +1,28 @@
-"""Counts sandboxes by the processes of the machine, not by what the product says."""
+"""Processes of the machine: sandboxes are counted by them, not by what the product says."""
 
 from __future__ import annotations
 
 import contextlib
 import re
+import subprocess
 import time
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from sandbox_pipeline.sandboxes.trees import remove_tree
+
+
+@contextlib.contextmanager
+def started(argv: Sequence[str], **options: Any) -> Generator[subprocess.Popen[str]]:
+    """A process that a test that fails doesn't leave behind."""
+    with subprocess.Popen(argv, text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def live_sandboxes(home: Path) -> list[str]:

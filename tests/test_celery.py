@@ -20,7 +20,7 @@ from sandbox_pipeline.cli.common import with_runtime
 from sandbox_pipeline.records import Orchestration, Stage, orchestration_key
 from sandbox_pipeline.runtime import Runtime
 from tests.postgres import Postgres
-from tests.processes import live_sandboxes, wait_until_gone
+from tests.processes import live_sandboxes, started, wait_until_gone
 from tests.redis import running_redis
 from tests.test_cli import CLI, cli
 
@@ -77,19 +77,15 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-@contextlib.contextmanager
-def started(repo: Path, forks: int, command: str) -> Generator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
+def run_of(
+    repo: Path, forks: int, command: str
+) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    return started(
         [*CLI, "run", "--repo", str(repo), "--prompt", "p", "--forks", str(forks),
          "--max-concurrent", str(WIDTH), "--workflow-id", "w", "--command", command,
          "--set", "rate_limit.starts=100", "--json"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
     )  # fmt: skip
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 class Peak:
@@ -151,7 +147,7 @@ def test_forks_of_a_killed_worker_are_followed_to_their_end_by_another(
     with (
         worker("first", tmp_path) as first,
         Peak(deployment) as peak,
-        started(repo, 4, agent) as run,
+        run_of(repo, 4, agent) as run,
     ):
         wait_until(lambda seen: seen.at_work == WIDTH, run)
         with worker("second", tmp_path):
@@ -173,10 +169,10 @@ def test_a_killed_run_is_taken_over_and_a_cancel_leaves_nothing(
 ) -> None:
     agent = "sh -c 'echo run >> runs; sleep 600'"
     with worker("only", tmp_path):
-        with started(repo, 3, agent) as first:
+        with run_of(repo, 3, agent) as first:
             killed = wait_until(lambda seen: seen.at_work == WIDTH, first)
             sandboxes = live_sandboxes(deployment)
-        with started(repo, 3, agent) as second:
+        with run_of(repo, 3, agent) as second:
             seen = wait_until(lambda seen: seen.events.count("fork-resumed") == WIDTH, second)
             assert seen.owner != killed.owner
             assert live_sandboxes(deployment) == sandboxes, "the agents were left at work"
@@ -191,7 +187,7 @@ def test_a_broker_that_does_not_answer_is_named_before_anything_is_created(
     deployment: Path, repo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SANDBOX_PIPELINE_CELERY_BROKER", "redis://:secret-word@127.0.0.1:9/0")
-    with started(repo, 1, "true") as run:
+    with run_of(repo, 1, "true") as run:
         out, err = run.communicate(timeout=240)
     assert "SANDBOX_PIPELINE_CELERY_BROKER: no answer" in out + err
     assert "secret-word" not in out + err

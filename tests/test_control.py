@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -37,7 +38,7 @@ from sandbox_pipeline.records import (
 from sandbox_pipeline.runtime import Runtime, silent
 from sandbox_pipeline.sandboxes.base import WORKSPACE, Sandbox
 from sandbox_pipeline.testing import FakeAgent, FaultyProvider, drive
-from tests.processes import live_sandboxes, wait_until_gone
+from tests.processes import live_sandboxes, started, wait_until_gone
 from tests.test_cli import CLI, cli
 
 Make = Callable[..., OrchestrationConfig]
@@ -68,26 +69,26 @@ def working(count: int) -> Callable[[list[Fork]], bool]:
     return lambda forks: sum(fork.attempts.get("agent") == 1 for fork in forks) == count
 
 
-async def test_an_order_that_is_being_read_as_the_work_ends_is_obeyed(
-    runtime: Runtime, config: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ends", ["an error", "a bad result", "a good result"])
+async def test_a_cancel_that_spoilt_the_work_is_obeyed_before_it_was_read(
+    runtime: Runtime, config: Make, monkeypatch: pytest.MonkeyPatch, ends: str
 ) -> None:
-    """What ended the work may be what others did for that order."""
+    """The run's own process stops the agents at once; the op reads orders twice a second."""
+    monkeypatch.setattr("sandbox_pipeline.orders.POLL_SECONDS", 3600)
     await begin(runtime, config(), "w", "run-1")
-    await order(runtime, Control.CANCEL)
-    read, asked, goes_on = runtime.store.forks, asyncio.Event(), asyncio.Event()
 
-    async def slowly(workflow_id: str) -> list[Fork]:
-        asked.set()
-        await goes_on.wait()
-        return await read(workflow_id)
+    async def work() -> AgentResult:
+        await order(runtime, Control.CANCEL)
+        if ends == "an error":
+            raise ProviderError(ErrorKind.GONE, "its sandbox was ended")
+        if ends == "a good result":
+            return AgentResult(outcome=Outcome.SUCCESS)
+        return AgentResult(outcome=Outcome.FAILED, exit_code=130)
 
-    async def work() -> None:
-        await asked.wait()
-        asyncio.get_running_loop().call_later(0.05, goes_on.set)
-        raise ProviderError(ErrorKind.GONE, "its sandbox was ended")
-
-    monkeypatch.setattr(runtime.store, "forks", slowly)
     watch = runtime.orders.watch(ForkRef(workflow_id="w", fork_num=0), "run-1")
+    if ends == "a good result":
+        assert (await obeying(work(), watch)).outcome is Outcome.SUCCESS
+        return
     with pytest.raises(StoppedError, match="cancelled by command"):
         await obeying(work(), watch)
 
@@ -337,20 +338,23 @@ def test_a_stopped_run_is_taken_over_and_touches_nothing_when_it_wakes_up(
     agent = "sh -c 'echo run >> runs; while ! test -e ../go; do sleep 0.2; done'"
     arguments = [*CLI, "run", "--repo", str(repo), "--prompt", "p", "--forks", "2",
                  "--workflow-id", "w", "--json", "--command", agent]  # fmt: skip
-    first = subprocess.Popen(arguments, env=environ, stdout=subprocess.PIPE, text=True)
-    _wait_for(lambda: _working() == 2)
-    before = live_sandboxes(home)
-    os.kill(first.pid, signal.SIGSTOP)
-    time.sleep(5)
-    second = subprocess.Popen(arguments, env=environ, stdout=subprocess.PIPE, text=True)
-    _wait_for(lambda: cli("events", "w").stdout.count("fork-resumed") == 2)
-    os.kill(first.pid, signal.SIGCONT)
-    first.communicate(timeout=60)
-    assert first.returncode != 0, "it must not claim a success that is another's"
-    assert live_sandboxes(home) == before
-    for name in before:
-        (home / "sandboxes" / name / "home" / "go").touch()
-    out, _ = second.communicate(timeout=120)
+    with (
+        started(arguments, env=environ, stdout=subprocess.PIPE) as first,
+        contextlib.ExitStack() as later,
+    ):
+        _wait_for(lambda: _working() == 2)
+        before = live_sandboxes(home)
+        os.kill(first.pid, signal.SIGSTOP)
+        time.sleep(5)
+        second = later.enter_context(started(arguments, env=environ, stdout=subprocess.PIPE))
+        _wait_for(lambda: cli("events", "w").stdout.count("fork-resumed") == 2)
+        os.kill(first.pid, signal.SIGCONT)
+        first.communicate(timeout=60)
+        assert first.returncode != 0, "it must not claim a success that is another's"
+        assert live_sandboxes(home) == before
+        for name in before:
+            (home / "sandboxes" / name / "home" / "go").touch()
+        out, _ = second.communicate(timeout=120)
     forks = json.loads(out)["forks"]
     assert [fork["outcome"] for fork in forks] == ["success"] * 2
     assert [fork["insertions"] for fork in forks] == [1, 1], "one line for each run of the agent"
@@ -362,23 +366,25 @@ def test_pause_status_resume_and_cancel_of_a_fork_on_the_command_line(
     home: Path, repo: Path
 ) -> None:
     agent = "sh -c 'echo a > work; test {fork_num} = 0 && sleep 60; sleep 2'"
-    process = subprocess.Popen(
+    with started(
         [*CLI, "run", "--repo", str(repo), "--prompt", "p", "--forks", "3", "--max-concurrent",
          "1", "--workflow-id", "w", "--command", agent, "--json"],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    _wait_for(lambda: _working() == 1)
-    assert "sandbox-pipeline resume w" in cli("pause", "w").stdout
-    status = json.loads(cli("status", "w", "--json").stdout)
-    assert status["state"] == "pause"
-    assert [fork["outcome"] for fork in status["forks"]].count("running") == 1
-    assert "goes on in run" in cli("resume", "w").stdout
-    _wait_for(lambda: _fork(0)["stage"] == "agent")
-    cancelled = cli("cancel", "w", "--fork", "0")
-    assert "fork 0 of w ended as cancelled" in cancelled.stdout, cancelled.stderr
-    watched = [json.loads(line) for line in cli("status", "--watch", "--json").stdout.splitlines()]
-    assert watched[-1]["state"] == "complete"
-    out, _ = process.communicate(timeout=60)
+        stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        _wait_for(lambda: _working() == 1)
+        assert "sandbox-pipeline resume w" in cli("pause", "w").stdout
+        status = json.loads(cli("status", "w", "--json").stdout)
+        assert status["state"] == "pause"
+        assert [fork["outcome"] for fork in status["forks"]].count("running") == 1
+        assert "goes on in run" in cli("resume", "w").stdout
+        _wait_for(lambda: _fork(0)["stage"] == "agent")
+        cancelled = cli("cancel", "w", "--fork", "0")
+        assert "fork 0 of w ended as cancelled" in cancelled.stdout, cancelled.stderr
+        watched = [
+            json.loads(line) for line in cli("status", "--watch", "--json").stdout.splitlines()
+        ]
+        assert watched[-1]["state"] == "complete"
+        out, _ = process.communicate(timeout=60)
     forks = json.loads(out)["forks"]
     assert [fork["outcome"] for fork in forks] == ["cancelled", "success", "success"]
     assert forks[0]["insertions"] == 1
@@ -390,14 +396,12 @@ def test_pause_status_resume_and_cancel_of_a_fork_on_the_command_line(
 
 
 def test_resume_takes_up_an_orchestration_whose_run_died(home: Path, repo: Path) -> None:
-    process = subprocess.Popen(
+    with started(
         [*CLI, "run", "--repo", str(repo), "--prompt", "p", "--forks", "2",
          "--workflow-id", "w", "--command", "sh -c 'echo run >> runs; sleep 4'"],
         stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    _wait_for(lambda: _working() == 2)
-    process.kill()
-    process.wait()
+    ):  # fmt: skip
+        _wait_for(lambda: _working() == 2)
     assert json.loads(cli("status", "--json").stdout)["state"] == "left"
     done = cli("resume", "w", "--json")
     assert done.returncode == 0, done.stderr

@@ -21,6 +21,7 @@ from sandbox_pipeline.results import ranking_of
 from sandbox_pipeline.runtime import Runtime, silent
 from sandbox_pipeline.testing import FaultyProvider, drive
 from tests.conftest import git, make_repo
+from tests.processes import started
 from tests.servers.git_http import git_server
 from tests.servers.github_api import GitHub, github_api
 from tests.test_cli import cli
@@ -228,14 +229,11 @@ def test_killed_in_the_middle_then_again_gives_one_branch_and_one_pull_request(
     arguments = ["run", "--repo", url, "--prompt", "p", "--forks", "1", "--workflow-id", "again",
                  "--command", "sh -c 'echo 1 > made'", "--set", "publish.to=pull_request",
                  "--json"]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sandbox_pipeline", *arguments], stdout=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 60
-    while not branches(served) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
+    argv = [sys.executable, "-m", "sandbox_pipeline", *arguments]
+    with started(argv, stdout=subprocess.DEVNULL):
+        deadline = time.monotonic() + 60
+        while not branches(served) and time.monotonic() < deadline:
+            time.sleep(0.005)
     assert branches(served) == ["forks/again/0"]
     done = cli(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr

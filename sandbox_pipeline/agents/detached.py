@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ WAIT_SECONDS = 20.0
 """Longest wait inside the sandbox until it is heard of again."""
 SHORTEST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 2.0
-PAUSE_SHARE = 0.03
+PAUSE_SHARE = 0.05
 """Between two looks at the output, of the time that the job has run."""
 UNSTARTED_PAUSE_SECONDS = 0.02
 START_SECONDS = 10.0
@@ -84,7 +85,8 @@ class Finished:
 # for the job waits for the lock. Nothing else may inherit it. `started` is made once, and only by
 # the lock's holder: a second start of the same job finds one of the two and does nothing. Whoever
 # starts this listens to its output until then. `copy` stops at the cap, where the system stops cat,
-# and then drains the rest, so that the command never blocks on a full pipe.
+# and then drains the rest, so that the command never blocks on a full pipe. It has parentheses,
+# since a shell that closes a descriptor for a function alone keeps a copy of it meanwhile.
 _RUNNER = """\
 home=$1
 cd {folder} || exit 1
@@ -99,8 +101,8 @@ copy() {{
   : > cut
   cat > /dev/null
 }}
-copy < out.pipe > stdout 9>&- &
-copy < err.pipe > stderr 9>&- &
+(copy) < out.pipe > stdout 9>&- &
+(copy) < err.pipe > stderr 9>&- &
 read -r began rest < /proc/uptime
 (cd {cwd} && exec timeout --signal=INT --kill-after={kill_after} {seconds} {argv}) \\
   < {stdin} > out.pipe 2> err.pipe 9>&-
@@ -114,15 +116,17 @@ wait
 # In a session of its own, it outlives whoever asked for it.
 _START = """\
 [ -e "$1" ] || mkdir -p "$1"
-[ -e "$1/started" ] || : "$(setsid sh -c "$6" sh "$5" < /dev/null 2> /dev/null &)"
+[ -e "$1/started" ] || : "$(setsid sh -c "$7" sh "$6" < /dev/null 2> /dev/null &)"
 """
 
 # Answers once the sizes of the streams are others than what is known, or the job ended: with the
 # sizes and the record of the end. The lock is free at the very moment of the end, unless children
-# that outlive the command hold its pipes open: they are not waited for long.
+# that outlive the command hold its pipes open: they are not waited for long. A mark of this
+# follower's own is made before each count of the sizes: while it is newer than both streams they
+# are what they were, and one process a turn, which sleeps, is all that this takes of the sandbox.
 _WAIT = f"""\
 cd "$1" || exit 1
-known=$2 pause=$3 turns=$4
+known=$2 pause=$3 turns=$4 mark=$5 sizes=
 while :; do
   if ! [ -e started ]; then
     sleep {UNSTARTED_PAUSE_SECONDS}
@@ -133,9 +137,13 @@ while :; do
   fi
   ended=
   [ -s exit ] && read -r ended < exit
-  sizes=$(stat -c %s stdout stderr 2> /dev/null)
   turns=$((turns - 1))
-  [ -n "$ended" ] || [ "${{sizes:-$known}}" != "$known" ] || [ "$turns" -lt 1 ] && break
+  if [ -n "$ended" ] || [ "$turns" -lt 1 ] || [ -z "$sizes" ] ||
+    ! [ "$mark" -nt stdout ] || ! [ "$mark" -nt stderr ]; then
+    : > "$mark"
+    sizes=$(stat -c %s stdout stderr 2> /dev/null)
+    [ -z "$ended" ] && [ "${{sizes:-$known}}" = "$known" ] && [ "$turns" -gt 0 ] || break
+  fi
 done
 [ -e cut ] && ended="${{ended:+$ended {CUT}}}"
 echo $sizes
@@ -256,6 +264,7 @@ class _Following:
         self._on_output = on_output
         self._offsets: dict[str, int] = dict.fromkeys(STREAMS, 0)
         self._runner = _runner(folder, job)
+        self._mark = f"looked-{secrets.token_hex(4)}"
         self._began = time.monotonic()
 
     async def to_the_end(
@@ -292,7 +301,7 @@ class _Following:
         pause = min(LONGEST_PAUSE_SECONDS, max(SHORTEST_PAUSE_SECONDS, PAUSE_SHARE * passed))
         known = "\n".join(str(self._offsets[stream]) for stream in STREAMS)
         turns = max(1, math.ceil(seconds / pause))
-        arguments = [self._folder, known, f"{pause:.3f}", str(turns)]
+        arguments = [self._folder, known, f"{pause:.3f}", str(turns), self._mark]
         if start:
             arguments += [HOME, self._runner]
         answer = await self._sandbox.run(

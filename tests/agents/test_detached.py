@@ -83,9 +83,31 @@ async def test_followed_by_two_it_runs_once(sandbox: Counted) -> None:
     assert heard["stdout"] == b"run\n"
 
 
+async def test_what_comes_bit_by_bit_is_heard_as_it_comes_by_all_who_follow(
+    sandbox: Counted,
+) -> None:
+    script = "for i in 1 2 3; do echo $i; sleep 1.2; done; printf end"
+    chunks: list[list[bytes]] = [[], []]
+
+    async def of(heard: list[bytes]) -> Finished:
+        async def hear(_stream: str, chunk: bytes) -> None:
+            heard.append(chunk)
+
+        return await run_detached(sandbox, JOB, Job(["sh", "-c", script], 60, 1_000_000), hear)
+
+    await asyncio.gather(*(of(heard) for heard in chunks))
+    for heard in chunks:
+        assert b"".join(heard) == b"1\n2\n3\nend"
+        assert len(heard) >= 3
+    late: list[bytes] = []
+    await of(late)
+    assert b"".join(late) == b"1\n2\n3\nend"
+
+
 async def test_a_runner_that_is_killed_is_seen(sandbox: Counted) -> None:
     with pytest.raises(AgentError, match="was killed inside the sandbox"):
-        await follow(sandbox, f"kill -9 $(cat {FOLDER}/started); sleep 30")
+        # Seen at once, although what it ran goes on.
+        await follow(sandbox, f"kill -9 $(cat {FOLDER}/started); sleep 900", timeout=1000)
 
 
 async def test_who_removes_the_folder_of_its_job_fails_and_is_not_run_again(
