@@ -26,7 +26,7 @@ from sandbox_pipeline.sandboxes.base import (
     Sandbox,
     SandboxSpec,
 )
-from sandbox_pipeline.store.store import Fence
+from sandbox_pipeline.store.statements import Fence
 
 logger = logging.getLogger(__name__)
 

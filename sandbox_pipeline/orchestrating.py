@@ -43,7 +43,7 @@ from sandbox_pipeline.redaction import MIN_SECRET_LENGTH, SECRET_VARIABLES, Reda
 from sandbox_pipeline.runtime import Announce, Runtime, silent
 from sandbox_pipeline.salvaging import salvage
 from sandbox_pipeline.store import tables
-from sandbox_pipeline.store.store import Fence
+from sandbox_pipeline.store.statements import Fence
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from sandbox_pipeline.clock import boot_id, now
 from sandbox_pipeline.errors import OwnershipError
 from sandbox_pipeline.records import Orchestration, Owner
-from sandbox_pipeline.store.store import Fence
+from sandbox_pipeline.store.statements import Fence
 
 HEARTBEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0

@@ -21,7 +21,7 @@ from sandbox_pipeline.retrying import patiently
 from sandbox_pipeline.runtime import Runtime
 from sandbox_pipeline.sandboxes.base import WORKSPACE, Command, Discarding, Network, Sandbox
 from sandbox_pipeline.sandboxes.steady import SteadySandbox
-from sandbox_pipeline.store.store import Fence
+from sandbox_pipeline.store.statements import Fence
 from sandbox_pipeline.workspace.checkout import put_repository, tail
 from sandbox_pipeline.workspace.mirror import ARCHIVE, Base, pin
 from sandbox_pipeline.workspace.source import Source, check_branch, check_source

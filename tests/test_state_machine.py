@@ -32,7 +32,7 @@ from sandbox_pipeline.records import (
 )
 from sandbox_pipeline.store import Store
 from sandbox_pipeline.store.spending import Claim
-from sandbox_pipeline.store.store import TerminalError
+from sandbox_pipeline.store.statements import TerminalError
 
 T = TypeVar("T")
 FORKS = 4

@@ -15,7 +15,7 @@ from sandbox_pipeline.errors import BudgetError, ConfigError, ConflictError, Sto
 from sandbox_pipeline.records import Event, Fork, Lease, Outcome, SandboxState, fork_key
 from sandbox_pipeline.store import Store, engine
 from sandbox_pipeline.store.spending import Claim
-from sandbox_pipeline.store.store import TerminalError
+from sandbox_pipeline.store.statements import TerminalError
 from tests.postgres import Postgres
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import json
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError
 
-from sandbox_pipeline.errors import ConflictError, PipelineError
 from sandbox_pipeline.records import (
     Deployment,
     Event,
@@ -24,51 +22,28 @@ from sandbox_pipeline.records import (
     Lease,
     Orchestration,
     Record,
-    SandboxState,
     fork_key,
     orchestration_key,
 )
-from sandbox_pipeline.store import spending, tables
+from sandbox_pipeline.store import permits, spending, tables
 from sandbox_pipeline.store.engine import open_engine, store_error
 from sandbox_pipeline.store.spending import Claim
+from sandbox_pipeline.store.statements import (
+    OPEN,
+    SNAPSHOT_LEFT,
+    TWO_RECORDS,
+    Fence,
+    append_events,
+    check_fence,
+    get_record,
+    live_leases,
+    load,
+    put_record,
+    row_of,
+)
 
 R = TypeVar("R", bound=Record)
 T = TypeVar("T")
-
-MAX_PAYLOAD_CHARS = 4000
-STALE_PERMIT_SECONDS = 120.0
-Fence = Callable[[Orchestration | None], None]
-"""Raises where the orchestration is no longer in the hands that a write needs it in."""
-# Made once: to put a statement together and to find its compiled form takes longer than to run it.
-RECORD = sa.select(tables.state.c.value, tables.state.c.version).where(
-    tables.state.c.key == sa.bindparam("key"), tables.state.c.kind == sa.bindparam("kind")
-)
-LOCKED_RECORD = RECORD.with_for_update()
-# Shared: many forks write at once, and a change of the owner waits for all of them.
-OWNING_RECORD = RECORD.with_for_update(read=True)
-TWO_RECORDS = sa.select(tables.state.c.key, tables.state.c.value, tables.state.c.version).where(
-    sa.or_(*(tables.state.c.key == sa.bindparam(name) for name in ("fork", "orchestration")))
-)
-CHANGED_RECORD = (
-    tables.state.update()
-    .where(
-        tables.state.c.key.in_([sa.bindparam("key"), sa.bindparam("intent_key")]),
-        tables.state.c.version == sa.bindparam("old_version"),
-    )
-    .values({column: sa.bindparam(f"new_{column.name}") for column in tables.state.c})
-)
-# Not as one list, which is put into the statement anew at each call.
-_LIVE = [sa.literal(state.value) for state in SandboxState if state is not SandboxState.GONE]
-LIVE_LEASE = (tables.state.c.kind == Lease.kind, tables.state.c.status.in_(_LIVE))
-LIVE_LEASES = sa.select(tables.state.c.value, tables.state.c.version).where(*LIVE_LEASE)
-LIVE_LEASES_OF = LIVE_LEASES.where(tables.state.c.workflow_id == sa.bindparam("workflow_id"))
-OPEN = "open"
-COMPLETE = "complete"
-SNAPSHOT_LEFT = "complete, a snapshot left"
-
-
-class TerminalError(PipelineError):
-    """A write would have changed the outcome of a fork that is already final."""
 
 
 class Store:
@@ -105,9 +80,9 @@ class Store:
 
         def write(connection: Connection) -> str:
             self._lock(connection, "deployment")
-            row = _get(connection, Deployment, Deployment.KEY)
+            row = get_record(connection, Deployment, Deployment.KEY)
             if row is None:
-                row = _set(connection, Deployment(workflow_id="", name=secrets.token_hex(8)))
+                row = put_record(connection, Deployment(workflow_id="", name=secrets.token_hex(8)))
             return row.name
 
         return await self._run(write)
@@ -116,7 +91,7 @@ class Store:
         """The record under a state key, or None."""
 
         def read(connection: Connection) -> R | None:
-            return _get(connection, record_type, key)
+            return get_record(connection, record_type, key)
 
         return await self._run(read, write=False)
 
@@ -146,8 +121,8 @@ class Store:
                 raise KeyError(keys[0])
             fork, orchestration = (found[key] for key in keys)
             return (
-                _load(Fork, fork.value, fork.version),
-                _load(Orchestration, orchestration.value, orchestration.version),
+                load(Fork, fork.value, fork.version),
+                load(Orchestration, orchestration.value, orchestration.version),
             )
 
         return await self._run(read, write=False)
@@ -165,8 +140,8 @@ class Store:
         listed = list(events)
 
         def write(connection: Connection) -> R:
-            stored = _set(connection, record)
-            _append(connection, listed)
+            stored = put_record(connection, record)
+            append_events(connection, listed)
             return stored
 
         return await self._run(write)
@@ -197,13 +172,13 @@ class Store:
         listed = list(events)
 
         def write(connection: Connection) -> R:
-            current = _get(connection, record_type, key, lock=True)
+            current = get_record(connection, record_type, key, lock=True)
             if current is None:
                 raise KeyError(key)
-            _check(connection, current.workflow_id, fence)
+            check_fence(connection, current.workflow_id, fence)
             changed = change(current)
-            stored = current if changed == current else _set(connection, changed, current)
-            _append(connection, listed)
+            stored = current if changed == current else put_record(connection, changed, current)
+            append_events(connection, listed)
             return stored
 
         return await self._run(write)
@@ -217,7 +192,7 @@ class Store:
                 .where(tables.state.c.workflow_id == workflow_id, tables.state.c.kind == Fork.kind)
                 .order_by(tables.state.c.fork_num)
             )
-            return [_load(Fork, value, version) for value, version in rows]
+            return [load(Fork, value, version) for value, version in rows]
 
         return await self._run(read, write=False)
 
@@ -236,10 +211,10 @@ class Store:
                         sa.select(tables.state.c.key).where(tables.state.c.key.in_(chunk))
                     ).scalars()
                 )
-            new = [_row(record, 1) for record in records if record.key not in taken]
+            new = [row_of(record, 1) for record in records if record.key not in taken]
             if new:
                 connection.execute(tables.state.insert(), new)
-            _append(connection, listed)
+            append_events(connection, listed)
             return len(new)
 
         return await self._run(write)
@@ -248,7 +223,7 @@ class Store:
         """The leases of sandboxes that are not known to be gone, of one orchestration or all."""
 
         def read(connection: Connection) -> list[Lease]:
-            return _leases(connection, workflow_id)
+            return live_leases(connection, workflow_id)
 
         return await self._run(read, write=False)
 
@@ -264,14 +239,14 @@ class Store:
         """
 
         def write(connection: Connection) -> Lease | None:
-            _check(connection, lease.workflow_id, fence)
+            check_fence(connection, lease.workflow_id, fence)
             # Two transactions that both count and then insert would both find a slot.
             self._lock(connection, f"admit:{lease.workflow_id}")
-            live = _leases(connection, lease.workflow_id)
+            live = live_leases(connection, lease.workflow_id)
             mine = [it for it in live if it.fork_num == lease.fork_num]
             if len(live) >= max_live or any(it.purpose == lease.purpose for it in mine):
                 return None
-            return _set(connection, lease)
+            return put_record(connection, lease)
 
         return await self._run(write)
 
@@ -287,7 +262,7 @@ class Store:
             if unfinished_only:
                 query = query.where(tables.state.c.status == OPEN)
             rows = connection.execute(query)
-            found = [_load(Orchestration, value, version) for value, version in rows]
+            found = [load(Orchestration, value, version) for value, version in rows]
             found.sort(key=lambda item: item.requested_at.wall, reverse=True)
             return found[:limit]
 
@@ -301,7 +276,7 @@ class Store:
                 tables.state.c.kind == Orchestration.kind,
                 tables.state.c.status.in_([OPEN, SNAPSHOT_LEFT]),
             )
-            found = [_load(Orchestration, *row) for row in connection.execute(query)]
+            found = [load(Orchestration, *row) for row in connection.execute(query)]
             return [it for it in found if it.base_snapshot is not None or it.stale_snapshots]
 
         return await self._run(read, write=False)
@@ -311,8 +286,8 @@ class Store:
 
         def write(connection: Connection) -> None:
             if new:
-                _check(connection, new[0].workflow_id, fence)
-            _append(connection, new)
+                check_fence(connection, new[0].workflow_id, fence)
+            append_events(connection, new)
 
         await self._run(write)
 
@@ -342,32 +317,7 @@ class Store:
 
         def write(connection: Connection) -> int | float:
             self._lock(connection, f"permit:{scope}")
-            now = self._now(connection)
-            table = tables.permits
-            window = window_ms / 1000
-            connection.execute(
-                table.delete().where(
-                    table.c.scope == scope,
-                    sa.or_(
-                        table.c.finished_at < now - window,
-                        table.c.started_at < now - window - STALE_PERMIT_SECONDS,
-                        table.c.started_at > now + window + STALE_PERMIT_SECONDS,
-                    ),
-                )
-            )
-            counted = (
-                connection.execute(sa.select(table.c.finished_at).where(table.c.scope == scope))
-                .scalars()
-                .all()
-            )
-            if len(counted) < starts:
-                result = connection.execute(
-                    table.insert().values(scope=scope, started_at=now, finished_at=None)
-                )
-                return int(cast("Any", result.inserted_primary_key)[0])
-            finished = [at for at in counted if at is not None]
-            soonest = min(finished, default=now - window + 0.1) + window - now
-            return max(0.005, min(soonest, window))
+            return permits.take(connection, scope, starts, window_ms / 1000, self._now(connection))
 
         return await self._run(write)
 
@@ -377,11 +327,8 @@ class Store:
 
         def write(connection: Connection) -> None:
             # Others' writes may have been first.
-            at = self._now(connection) - (self._monotonic() - answered)
-            connection.execute(
-                tables.permits.update()
-                .where(tables.permits.c.id == permit, tables.permits.c.finished_at.is_(None))
-                .values(finished_at=at)
+            permits.finish(
+                connection, permit, self._now(connection) - (self._monotonic() - answered)
             )
 
         await self._run(write)
@@ -499,116 +446,3 @@ class Store:
                 raise store_error(self._engine, error) from error
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
-
-
-def _check(connection: Connection, workflow_id: str, fence: Fence | None) -> None:
-    if fence is None:
-        return
-    row = connection.execute(
-        OWNING_RECORD, {"key": orchestration_key(workflow_id), "kind": Orchestration.kind}
-    ).first()
-    fence(None if row is None else _load(Orchestration, row.value, row.version))
-
-
-def _leases(connection: Connection, workflow_id: str | None) -> list[Lease]:
-    if workflow_id is None:
-        rows = connection.execute(LIVE_LEASES)
-    else:
-        rows = connection.execute(LIVE_LEASES_OF, {"workflow_id": workflow_id})
-    return [_load(Lease, value, version) for value, version in rows]
-
-
-def _get(connection: Connection, record_type: type[R], key: str, *, lock: bool = False) -> R | None:
-    query = LOCKED_RECORD if lock else RECORD
-    row = connection.execute(query, {"key": key, "kind": record_type.kind}).first()
-    return None if row is None else _load(record_type, row.value, row.version)
-
-
-def _load(record_type: type[R], value: str, version: int) -> R:
-    return cast("R", _parsed(record_type, value, version))
-
-
-# Records are immutable, and most reads find what an earlier one found.
-@functools.lru_cache(maxsize=2048)
-def _parsed(record_type: type[Record], value: str, version: int) -> Record:
-    return record_type.model_validate_json(value).model_copy(update={"version": version})
-
-
-def _set(connection: Connection, record: R, current: Record | None = None) -> R:
-    """Store a record; `current`: what the same transaction found stored, where it has looked."""
-    if isinstance(record, Fork):
-        found = _get(connection, Fork, record.key) if current is None else current
-        if isinstance(found, Fork):
-            _guard_outcome(found, record)
-    version = record.version + 1
-    row = _row(record, version)
-    if record.version == 0:
-        try:
-            connection.execute(tables.state.insert(), row)
-        except IntegrityError as error:
-            msg = f"{record.key} exists already"
-            raise ConflictError(msg) from error
-    else:
-        named = {f"new_{name}": value for name, value in row.items()}
-        named["key"] = record.key
-        named["intent_key"] = record.intent_key if isinstance(record, Lease) else record.key
-        named["old_version"] = record.version
-        result = connection.execute(CHANGED_RECORD, named)
-        if result.rowcount != 1:
-            msg = f"{record.key} was changed by somebody else"
-            raise ConflictError(msg)
-    return record.evolve(version=version)
-
-
-def _guard_outcome(stored: Fork, fork: Fork) -> None:
-    if stored.outcome.is_terminal and stored.outcome != fork.outcome:
-        msg = f"{fork.key} ended as {stored.outcome}; it can't become {fork.outcome}"
-        raise TerminalError(msg)
-
-
-def _row(record: Record, version: int) -> dict[str, Any]:
-    status = ""
-    fork_num = None
-    if isinstance(record, Fork):
-        status, fork_num = record.outcome.value, record.fork_num
-    elif isinstance(record, Lease):
-        status, fork_num = record.state.value, record.fork_num
-    elif isinstance(record, Orchestration):
-        left = record.base_snapshot is not None or record.stale_snapshots
-        status = (SNAPSHOT_LEFT if left else COMPLETE) if record.complete else OPEN
-    return {
-        "key": record.key,
-        "kind": record.kind,
-        "workflow_id": record.workflow_id,
-        "fork_num": fork_num,
-        "status": status,
-        "version": version,
-        "value": record.model_dump_json(exclude={"version"}),
-    }
-
-
-def _append(connection: Connection, new: Sequence[Event]) -> None:
-    if not new:
-        return
-    connection.execute(
-        tables.events.insert(),
-        [
-            {
-                "workflow_id": event.workflow_id,
-                "fork_num": event.fork_num,
-                "name": event.name,
-                "time": event.time,
-                "payload": json.dumps(_bounded(event.payload), default=str),
-            }
-            for event in new
-        ],
-    )
-
-
-def _bounded(payload: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: f"{value[:MAX_PAYLOAD_CHARS]}…"
-        if isinstance(value, str) and len(value) > MAX_PAYLOAD_CHARS
-        else value
-        for name, value in payload.items()
-    }
