@@ -166,7 +166,7 @@ def test_sigkill_in_the_middle_then_again_keeps_results_and_runs_no_agent_twice(
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             shown = cli("show", "again", "--json")
-            forks = json.loads(shown.stdout)["forks"] if shown.stdout else []
+            forks: list[Any] = json.loads(shown.stdout)["forks"] if shown.stdout else []
             stages = [fork["outcome"] for fork in forks]
             if stages[:1] == ["success"] and stages.count("running") == 2 == _agents_started():
                 break
