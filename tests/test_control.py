@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -338,23 +337,20 @@ def test_a_stopped_run_is_taken_over_and_touches_nothing_when_it_wakes_up(
     agent = "sh -c 'echo run >> runs; while ! test -e ../go; do sleep 0.2; done'"
     arguments = [*CLI, "run", "--repo", str(repo), "--prompt", "p", "--forks", "2",
                  "--workflow-id", "w", "--json", "--command", agent]  # fmt: skip
-    with (
-        started(arguments, env=environ, stdout=subprocess.PIPE) as first,
-        contextlib.ExitStack() as later,
-    ):
+    with started(arguments, env=environ, stdout=subprocess.PIPE) as first:
         _wait_for(lambda: _working() == 2)
         before = live_sandboxes(home)
         os.kill(first.pid, signal.SIGSTOP)
         time.sleep(5)
-        second = later.enter_context(started(arguments, env=environ, stdout=subprocess.PIPE))
-        _wait_for(lambda: cli("events", "w").stdout.count("fork-resumed") == 2)
-        os.kill(first.pid, signal.SIGCONT)
-        first.communicate(timeout=60)
-        assert first.returncode != 0, "it must not claim a success that is another's"
-        assert live_sandboxes(home) == before
-        for name in before:
-            (home / "sandboxes" / name / "home" / "go").touch()
-        out, _ = second.communicate(timeout=120)
+        with started(arguments, env=environ, stdout=subprocess.PIPE) as second:
+            _wait_for(lambda: cli("events", "w").stdout.count("fork-resumed") == 2)
+            os.kill(first.pid, signal.SIGCONT)
+            first.communicate(timeout=60)
+            assert first.returncode != 0, "it must not claim a success that is another's"
+            assert live_sandboxes(home) == before
+            for name in before:
+                (home / "sandboxes" / name / "home" / "go").touch()
+            out, _ = second.communicate(timeout=120)
     forks = json.loads(out)["forks"]
     assert [fork["outcome"] for fork in forks] == ["success"] * 2
     assert [fork["insertions"] for fork in forks] == [1, 1], "one line for each run of the agent"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from tests.conftest import git, make_repo
 from tests.processes import started
 from tests.servers.git_http import git_server
 from tests.servers.github_api import GitHub, github_api
-from tests.test_cli import cli
+from tests.test_cli import CLI, cli
 
 Make = Callable[..., OrchestrationConfig]
 TOKEN = "ghp_canary51c87f3a9d2e"
@@ -229,8 +228,7 @@ def test_killed_in_the_middle_then_again_gives_one_branch_and_one_pull_request(
     arguments = ["run", "--repo", url, "--prompt", "p", "--forks", "1", "--workflow-id", "again",
                  "--command", "sh -c 'echo 1 > made'", "--set", "publish.to=pull_request",
                  "--json"]  # fmt: skip
-    argv = [sys.executable, "-m", "sandbox_pipeline", *arguments]
-    with started(argv, stdout=subprocess.DEVNULL):
+    with started([*CLI, *arguments], stdout=subprocess.DEVNULL):
         deadline = time.monotonic() + 60
         while not branches(served) and time.monotonic() < deadline:
             time.sleep(0.005)

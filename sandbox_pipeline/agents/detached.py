@@ -138,12 +138,11 @@ while :; do
   ended=
   [ -s exit ] && read -r ended < exit
   turns=$((turns - 1))
-  if [ -n "$ended" ] || [ "$turns" -lt 1 ] || [ -z "$sizes" ] ||
-    ! [ "$mark" -nt stdout ] || ! [ "$mark" -nt stderr ]; then
-    : > "$mark"
-    sizes=$(stat -c %s stdout stderr 2> /dev/null)
-    [ -z "$ended" ] && [ "${{sizes:-$known}}" = "$known" ] && [ "$turns" -gt 0 ] || break
-  fi
+  [ -z "$ended" ] && [ "$turns" -gt 0 ] && [ -n "$sizes" ] &&
+    [ "$mark" -nt stdout ] && [ "$mark" -nt stderr ] && continue
+  : > "$mark"
+  sizes=$(stat -c %s stdout stderr 2> /dev/null)
+  [ -n "$ended" ] || [ "${{sizes:-$known}}" != "$known" ] || [ "$turns" -lt 1 ] && break
 done
 [ -e cut ] && ended="${{ended:+$ended {CUT}}}"
 echo $sizes
