@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from dagster._core.execution.plan.step import ExecutionStep
 
 INTERRUPT_POLL_SECONDS = 0.1
+MOST_TOLD_AT_ONCE = 100
 
 
 class CancellableAsyncExecutor(AsyncExecutor):
@@ -67,12 +68,14 @@ class CancellableAsyncExecutor(AsyncExecutor):
         interrupted = asyncio.Event()
         watcher = asyncio.create_task(_watch(tasks, interrupted))
         unblocked = True
+        # All are in the log already. One by one, each would wake the run's main thread, which
+        # only collects them.
+        told: list[dg.DagsterEvent] = []
         try:
             while not active.is_complete and not interrupted.is_set():
                 if unblocked:
                     self._start_steps(job_context, active, events, tasks)
-                    for event in active.concurrency_event_iterator(job_context):
-                        yield event
+                    told += active.concurrency_event_iterator(job_context)
                 # Bounded, since a step that waits for its retry or for a pool's slot has no
                 # task that could report anything, and so that an interrupt is seen.
                 due = cast("float", active.sleep_interval())
@@ -80,14 +83,19 @@ class CancellableAsyncExecutor(AsyncExecutor):
                 event = await _next_event(events, wait)
                 unblocked = event is None or self._may_unblock(event)
                 if event is not None:
-                    async for handled in self._handle(job_context, active, event):
-                        yield handled
+                    told += await self._handle(job_context, active, event)
+                if event is None or len(told) >= MOST_TOLD_AT_ONCE:
+                    for item in told:
+                        yield item
+                    told.clear()
             if interrupted.is_set():
                 active.mark_interrupted()
                 await _finish(tasks)
                 while not events.empty():
-                    async for handled in self._handle(job_context, active, events.get_nowait()):
-                        yield handled
+                    told += await self._handle(job_context, active, events.get_nowait())
+            for item in told:
+                yield item
+            if interrupted.is_set():
                 raise DagsterExecutionInterruptedError
         finally:
             watcher.cancel()
@@ -110,13 +118,13 @@ class CancellableAsyncExecutor(AsyncExecutor):
 
     async def _handle(
         self, job_context: PlanExecutionContext, active: ActiveExecution, event: dg.DagsterEvent
-    ) -> AsyncIterator[dg.DagsterEvent]:
-        yield event
+    ) -> list[dg.DagsterEvent]:
+        """The event, and what follows from it."""
         active.handle_event(event)
-        if self._may_unblock(event):
-            await _verify_if_complete(job_context, active, event)
-            for plan_event in active.plan_events_iterator(job_context):
-                yield plan_event
+        if not self._may_unblock(event):
+            return [event]
+        await _verify_if_complete(job_context, active, event)
+        return [event, *active.plan_events_iterator(job_context)]
 
     def _may_unblock(self, event: dg.DagsterEvent) -> bool:
         """Whether other steps could start, be skipped or be abandoned after this event.

@@ -17,6 +17,8 @@ VERSION_TABLE = "sandbox_pipeline_schema"
 HEAD_REVISION = "0002"
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_SECONDS = 30.0
+HOLDS_OWN_TRANSACTIONS = "holds_own_transactions"
+"""Option of a connection to SQLite that begins and commits by itself."""
 
 
 def open_engine(url: str) -> Engine:
@@ -48,6 +50,11 @@ def open_engine(url: str) -> Engine:
     return engine
 
 
+def is_in_memory(url: sa.URL) -> bool:
+    """Whether it is a SQLite database that ends with its connection."""
+    return url.database in (None, "", ":memory:")
+
+
 def store_error(engine: Engine, error: Exception) -> StoreError:
     """The error for people; never shows the URL's password."""
     where = engine.url.render_as_string(hide_password=True)
@@ -67,13 +74,12 @@ def _engine(url: sa.URL) -> Engine:
 
 
 def _sqlite_engine(url: sa.URL) -> Engine:
-    if url.database and url.database != ":memory:":
+    if url.database and not is_in_memory(url):
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     engine = sa.create_engine(
         url,
-        # One connection, used by the store's single thread only: a file database gains nothing
-        # from more, and :memory: would be a different database in each.
-        poolclass=sa.StaticPool,
+        # :memory: would be a different database in each connection.
+        poolclass=sa.StaticPool if is_in_memory(url) else sa.NullPool,
         connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False},
     )
 
@@ -86,8 +92,8 @@ def _sqlite_engine(url: sa.URL) -> Engine:
         connection.execute("PRAGMA synchronous=NORMAL")
 
     def on_begin(connection: Connection) -> None:
-        write = connection.get_execution_options().get("write", True)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+        if not connection.get_execution_options().get(HOLDS_OWN_TRANSACTIONS):
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     event.listen(engine, "connect", on_connect)
     event.listen(engine, "begin", on_begin)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import DBAPIError
 
 from sandbox_pipeline.records import (
     Deployment,
@@ -26,7 +22,8 @@ from sandbox_pipeline.records import (
     orchestration_key,
 )
 from sandbox_pipeline.store import permits, spending, tables
-from sandbox_pipeline.store.engine import open_engine, store_error
+from sandbox_pipeline.store.database import database_of
+from sandbox_pipeline.store.engine import open_engine
 from sandbox_pipeline.store.spending import Claim
 from sandbox_pipeline.store.statements import (
     OPEN,
@@ -54,10 +51,8 @@ class Store:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        workers = 1 if engine.dialect.name == "sqlite" else 8
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="store")
-        self._kept: Connection | None = None
+        self._database = database_of(engine)
+        self._is_postgresql = engine.dialect.name == "postgresql"
 
     @classmethod
     def open(cls, url: str) -> Store:
@@ -71,9 +66,7 @@ class Store:
 
     async def close(self) -> None:
         """Let go of the connections."""
-        self._threads.shutdown(wait=True)
-        self._let_go()
-        self._engine.dispose()
+        self._database.close()
 
     async def deployment_id(self) -> str:
         """A random name of this store, made once; marks the sandboxes that belong to it."""
@@ -194,7 +187,7 @@ class Store:
             )
             return [load(Fork, value, version) for value, version in rows]
 
-        return await self._run(read, write=False)
+        return await self._run(read, write=False, short=False)
 
     async def create_missing(self, records: Sequence[Record], events: Iterable[Event] = ()) -> int:
         """Store those records whose key is still free, in one transaction; how many."""
@@ -217,7 +210,7 @@ class Store:
             append_events(connection, listed)
             return len(new)
 
-        return await self._run(write)
+        return await self._run(write, short=False)
 
     async def leases(self, workflow_id: str | None = None) -> list[Lease]:
         """The leases of sandboxes that are not known to be gone, of one orchestration or all."""
@@ -225,7 +218,7 @@ class Store:
         def read(connection: Connection) -> list[Lease]:
             return live_leases(connection, workflow_id)
 
-        return await self._run(read, write=False)
+        return await self._run(read, write=False, short=workflow_id is not None)
 
     async def admit(
         self, lease: Lease, max_live: int, *, fence: Fence | None = None
@@ -266,7 +259,7 @@ class Store:
             found.sort(key=lambda item: item.requested_at.wall, reverse=True)
             return found[:limit]
 
-        return await self._run(read, write=False)
+        return await self._run(read, write=False, short=False)
 
     async def with_snapshots(self) -> list[Orchestration]:
         """The orchestrations whose prepared workspace may still exist at the provider."""
@@ -279,7 +272,7 @@ class Store:
             found = [load(Orchestration, *row) for row in connection.execute(query)]
             return [it for it in found if it.base_snapshot is not None or it.stale_snapshots]
 
-        return await self._run(read, write=False)
+        return await self._run(read, write=False, short=False)
 
     async def append(self, *new: Event, fence: Fence | None = None) -> None:
         """Add events of one orchestration to the timeline."""
@@ -302,7 +295,7 @@ class Store:
             ).mappings()
             return [Event(**{**row, "payload": json.loads(row["payload"])}) for row in rows]
 
-        return await self._run(read, write=False)
+        return await self._run(read, write=False, short=False)
 
     async def take_permit(self, scope: str, starts: int, window_ms: int) -> int | float:
         """Permission to create one sandbox now, or how many seconds to wait.
@@ -384,7 +377,7 @@ class Store:
             if rows:
                 connection.execute(table.insert(), [dict(row) for row in rows])
 
-        await self._run(write)
+        await self._run(write, short=False)
 
     async def rows(self, table: sa.Table, workflow_id: str | None = None) -> list[dict[str, Any]]:
         """The rows of a metrics table, of one orchestration or of all."""
@@ -395,16 +388,16 @@ class Store:
                 query = query.where(table.c.workflow_id == workflow_id)
             return [dict(row) for row in connection.execute(query).mappings()]
 
-        return await self._run(read, write=False)
+        return await self._run(read, write=False, short=False)
 
     def _lock(self, connection: Connection, name: str) -> None:
         """Let no other transaction with this lock run until this one ends."""
-        if self._engine.dialect.name == "postgresql":
+        if self._is_postgresql:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtext(name))))
 
     def _now(self, connection: Connection) -> float:
         # Rate limits of many machines must be judged by one clock: the database's.
-        if self._engine.dialect.name == "postgresql":
+        if self._is_postgresql:
             return float(
                 connection.execute(
                     sa.text("SELECT extract(epoch FROM clock_timestamp())")
@@ -415,34 +408,7 @@ class Store:
     def _monotonic(self) -> float:
         return time.monotonic()
 
-    @contextlib.contextmanager
-    def _connection(self) -> Generator[Connection]:
-        """A connection; that of SQLite's single thread is kept until something went wrong."""
-        if self._engine.dialect.name != "sqlite":
-            with self._engine.connect() as connection:
-                yield connection
-            return
-        if self._kept is None:
-            self._kept = self._engine.connect()
-        try:
-            yield self._kept
-        except BaseException:
-            self._let_go()
-            raise
-
-    def _let_go(self) -> None:
-        if self._kept is not None:
-            self._kept.close()
-            self._kept = None
-
-    async def _run(self, work: Callable[[Connection], T], *, write: bool = True) -> T:
-        def call() -> T:
-            try:
-                with self._connection() as plain:
-                    connection = plain.execution_options(write=write)
-                    with connection.begin():
-                        return work(connection)
-            except DBAPIError as error:
-                raise store_error(self._engine, error) from error
-
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+    async def _run(
+        self, work: Callable[[Connection], T], *, write: bool = True, short: bool = True
+    ) -> T:
+        return await self._database.run(work, write=write, short=short)

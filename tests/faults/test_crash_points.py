@@ -48,11 +48,13 @@ class DyingStore(Store):
 
     countdown: Countdown
 
-    async def _run(self, work: Callable[[Connection], T], *, write: bool = True) -> T:
+    async def _run(
+        self, work: Callable[[Connection], T], *, write: bool = True, short: bool = True
+    ) -> T:
         if not write:
-            return await super()._run(work, write=False)
+            return await super()._run(work, write=False, short=short)
         self.countdown.tick()
-        done = await super()._run(work)
+        done = await super()._run(work, short=short)
         self.countdown.tick()
         return done
 

@@ -32,11 +32,13 @@ class FailingStore(Store):
         super().__init__(open_engine(url))
         self.fails: Callable[[], bool] = lambda: False
 
-    async def _run(self, work: Callable[[Connection], T], *, write: bool = True) -> T:
+    async def _run(
+        self, work: Callable[[Connection], T], *, write: bool = True, short: bool = True
+    ) -> T:
         if write and self.fails():
             msg = "state store: database or disk is full; free some disk space"
             raise StoreError(msg)
-        return await super()._run(work, write=write)
+        return await super()._run(work, write=write, short=short)
 
 
 def opened(home: Path, server: E2BServer) -> tuple[Runtime, FailingStore]:
