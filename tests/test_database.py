@@ -17,6 +17,7 @@ from sandbox_pipeline.store import database
 from sandbox_pipeline.store.database import Database, database_of
 from sandbox_pipeline.store.engine import open_engine
 
+MINE = "an error of the transaction's own"
 COUNT = sa.text("SELECT count(*) FROM pipeline_events")
 ADD = sa.text(
     "INSERT INTO pipeline_events (workflow_id, name, time, payload) VALUES ('w', 'n', 0, '{}')"
@@ -74,10 +75,10 @@ async def test_while_another_process_writes_a_write_waits_in_a_thread(
 async def test_what_raises_leaves_nothing_and_the_next_one_works(opened: Database) -> None:
     def fail(connection: Connection) -> None:
         add(connection)
-        raise KeyError("mine")
+        raise KeyError(MINE)
 
     for short in (True, False):
-        with pytest.raises(KeyError, match="mine"):
+        with pytest.raises(KeyError, match=MINE):
             await opened.run(fail, write=True, short=short)
         assert await counted(opened) == 0
         with pytest.raises(StoreError, match="no such table: nowhere"):

@@ -91,8 +91,7 @@ class CancellableAsyncExecutor(AsyncExecutor):
             if interrupted.is_set():
                 active.mark_interrupted()
                 await _finish(tasks)
-                while not events.empty():
-                    told += await self._handle(job_context, active, events.get_nowait())
+                told += await self._handle_rest(job_context, active, events)
             for item in told:
                 yield item
             if interrupted.is_set():
@@ -125,6 +124,17 @@ class CancellableAsyncExecutor(AsyncExecutor):
             return [event]
         await _verify_if_complete(job_context, active, event)
         return [event, *active.plan_events_iterator(job_context)]
+
+    async def _handle_rest(
+        self,
+        job_context: PlanExecutionContext,
+        active: ActiveExecution,
+        events: asyncio.Queue[dg.DagsterEvent],
+    ) -> list[dg.DagsterEvent]:
+        told: list[dg.DagsterEvent] = []
+        while not events.empty():
+            told += await self._handle(job_context, active, events.get_nowait())
+        return told
 
     def _may_unblock(self, event: dg.DagsterEvent) -> bool:
         """Whether other steps could start, be skipped or be abandoned after this event.
