@@ -36,9 +36,6 @@ NAMESPACES = (
     *("--disable-userns", "--cap-drop", "ALL"),
     *("--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv"),
 )
-# Never all of /etc/ssl or /etc/pki: their folders `private` hold the host's own keys, which the
-# sandbox of a root user could read.
-ETC_FOLDERS = ("ssl/certs", "pki/ca-trust", "pki/tls/certs", "ca-certificates", "alternatives")
 ETC_WITH_NETWORK = ("resolv.conf", "hosts")
 """Of the host, as they are at any moment."""
 
@@ -177,7 +174,7 @@ def sandbox_options(spec: SandboxSpec, folder: Path, shared: Path) -> list[str]:
     options += _system_options(spec)
     options += ["--ro-bind", str(shared), SHARED_INSIDE]
     of_host = ETC_WITH_NETWORK if spec.network == "full" else ()
-    for name in (*ETC_FOLDERS, *of_host):
+    for name in of_host:
         options += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
     for name in etc_names(shared):
         if name not in of_host:

@@ -58,9 +58,9 @@ class SandboxStart:
         folder = self.folder
         path = folder.path
         descriptors: list[int] = []
+        folder.extend(self.spec.ttl_seconds)
         try:
             argv, env = self._direct() if self.bwrap is None else self._isolated(descriptors)
-            folder.extend(self.spec.ttl_seconds)
             with folder.listen() as listener, (path / "supervisor.err").open("wb") as errors:
                 options = [f"folder={path}"]
                 if self.bwrap is None:

@@ -1,7 +1,7 @@
 """What is the same inside all isolated sandboxes: made once, and shown to each in one mount.
 
-For each mount, bubblewrap reads the list of all mounts anew. Folders of /etc, which have hundreds of
-files, are mounts all the same.
+For each mount, bubblewrap reads the list of all mounts anew: the dozen of /etc alone was a third of
+a sandbox's start.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sandbox_pipeline.sandboxes.base import HOME
 from sandbox_pipeline.sandboxes.trees import remove_tree
 
+# Never all of /etc/ssl or /etc/pki: their folders `private` hold the host's own keys, which the
+# sandbox of a root user could read.
 COPIED_ETC = (
-    *("ssl/openssl.cnf", "pki/tls/cert.pem", "ca-certificates.conf", "ld.so.cache", "localtime"),
+    *("ssl/certs", "ssl/openssl.cnf", "pki/ca-trust", "pki/tls/certs", "pki/tls/cert.pem"),
+    *("ca-certificates", "ca-certificates.conf", "alternatives", "ld.so.cache", "localtime"),
     *("nsswitch.conf", "os-release"),
 )
 MADE_ETC: Mapping[str, str] = {
@@ -60,10 +63,8 @@ def shared_folder(root: Path, shim: bytes, etc: Path = Path("/etc")) -> Path:
 
 
 def etc_names(folder: Path) -> list[str]:
-    """What a folder that was made has for /etc, relative to that."""
-    etc = folder / "etc"
-    made = [*MADE_ETC, *COPIED_ETC]
-    return sorted(name for name in made if (etc / name).exists())
+    """What a folder that was made has for /etc."""
+    return sorted(path.name for path in (folder / "etc").iterdir())
 
 
 @functools.cache
@@ -72,10 +73,24 @@ def _digest(shim: bytes, etc: Path) -> str:
     known = hashlib.sha256(shim)
     known.update(repr(sorted(MADE_ETC.items())).encode())
     for name in COPIED_ETC:
-        with contextlib.suppress(OSError):
-            found = (etc / name).stat()
-            known.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode())
+        for path in _sources(etc / name):
+            found = path.stat()
+            known.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\0".encode())
     return known.hexdigest()[:32]
+
+
+def _sources(path: Path) -> Iterator[Path]:
+    """A path that leads somewhere; folders and files below it.
+
+    Without links, of which there are hundreds: who changes one changes its folder's time.
+    """
+    if not path.exists():
+        return
+    yield path
+    with contextlib.suppress(NotADirectoryError, PermissionError):
+        for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+            if not entry.is_symlink():
+                yield from _sources(Path(entry.path))
 
 
 def _fill(made: Path, shim: bytes, etc: Path) -> None:
@@ -84,12 +99,16 @@ def _fill(made: Path, shim: bytes, etc: Path) -> None:
     for name, text in MADE_ETC.items():
         (made / "etc" / name).write_text(text, encoding="ascii")
     for name in COPIED_ETC:
-        if (etc / name).is_file():
-            target = made / "etc" / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            # What this user may not read would be unreadable inside as well.
-            with contextlib.suppress(OSError):
-                shutil.copyfile(etc / name, target)
+        source, target = etc / name, made / "etc" / name
+        if not source.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # What this user may not read would be unreadable inside as well.
+        with contextlib.suppress(OSError, shutil.Error):
+            if source.is_dir():
+                shutil.copytree(source, target, symlinks=True)
+            else:
+                shutil.copyfile(source, target)
 
 
 @functools.cache

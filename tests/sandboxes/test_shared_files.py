@@ -15,9 +15,11 @@ from sandbox_pipeline.sandboxes.shared_files import UNUSED_SECONDS, etc_names, s
 @pytest.fixture
 def etc(tmp_path: Path) -> Path:
     made = tmp_path / "etc"
-    (made / "ssl/private").mkdir(parents=True)
+    (made / "ssl/certs").mkdir(parents=True)
+    (made / "ssl/certs/bundle.crt").write_text("certificates")
+    (made / "ssl/certs/one.pem").symlink_to("/usr/share/one.pem")
+    (made / "ssl/private").mkdir()
     (made / "ssl/private/key").write_text("secret")
-    (made / "ssl/openssl.cnf").write_text("settings")
     (made / "passwd").write_text("the host's own")
     (made / "os-release").symlink_to(tmp_path / "release")
     (tmp_path / "release").write_text("some Linux")
@@ -37,9 +39,13 @@ def as_another_process() -> None:
 def test_it_has_what_is_named_and_nothing_else_of_the_host(root: Path, etc: Path) -> None:
     made = shared_folder(root, b"shim", etc)
     assert (made / "shim").read_bytes() == b"shim"
-    assert etc_names(made) == ["group", "hosts", "os-release", "passwd", "ssl/openssl.cnf"]
-    assert [path.name for path in (made / "etc/ssl").iterdir()] == ["openssl.cnf"]
-    assert (made / "etc/ssl/openssl.cnf").read_text() == "settings"
+    assert etc_names(made) == ["group", "hosts", "os-release", "passwd", "ssl"]
+    assert sorted(path.name for path in (made / "etc/ssl").rglob("*")) == [
+        "bundle.crt",
+        "certs",
+        "one.pem",
+    ]
+    assert (made / "etc/ssl/certs/one.pem").readlink() == Path("/usr/share/one.pem")
     assert "host" not in (made / "etc/passwd").read_text()
     assert (made / "etc/os-release").read_text() == "some Linux"
     assert not (made / "etc/os-release").is_symlink()
@@ -51,8 +57,8 @@ def test_a_process_takes_what_another_made_unless_something_changed(root: Path, 
     assert shared_folder(root, b"shim", etc) == first
     seen = {first, shared_folder(root, b"another shim", etc)}
     for change in (
-        lambda: (etc / "ssl/openssl.cnf").write_text("others"),
-        (etc / "ssl/openssl.cnf").unlink,
+        lambda: (etc / "ssl/certs/bundle.crt").write_text("others"),
+        lambda: (etc / "ssl/certs/two.pem").symlink_to("/usr/share/two.pem"),
         lambda: (etc / "os-release").resolve().write_text("some other Linux"),
     ):
         change()
