@@ -11,17 +11,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sandbox_pipeline.errors import ErrorKind, ProviderError
 from sandbox_pipeline.sandboxes.base import HOME, SandboxSpec
-from sandbox_pipeline.sandboxes.shared_files import etc_names
 from sandbox_pipeline.sandboxes.supervisor import ARGS_FD, INFO_FD, LIFELINE_FD, LISTEN_FD
 
-SHARED_INSIDE = "/run/sandbox"
-SHIM_INSIDE = f"{SHARED_INSIDE}/shim"
+SHIM_INSIDE = "/run/sandbox/shim"
 PATH_INSIDE = "/usr/local/bin:/usr/bin:/bin"
 OLDEST_PYTHON = (3, 9)
 MIB = 1 << 20
@@ -36,8 +34,19 @@ NAMESPACES = (
     *("--disable-userns", "--cap-drop", "ALL"),
     *("--die-with-parent", "--new-session", "--hostname", "sandbox", "--clearenv"),
 )
+# Never all of /etc/ssl or /etc/pki: their folders `private` hold the host's own keys, which the
+# sandbox of a root user could read.
+ETC = (
+    *("ssl/certs", "ssl/openssl.cnf", "pki/ca-trust", "pki/tls/certs", "pki/tls/cert.pem"),
+    *("ca-certificates", "ca-certificates.conf", "alternatives", "ld.so.cache", "localtime"),
+    *("nsswitch.conf", "os-release"),
+)
 ETC_WITH_NETWORK = ("resolv.conf", "hosts")
-"""Of the host, as they are at any moment."""
+SYNTHETIC_ETC: Mapping[str, str] = {
+    "passwd": f"root:x:0:0:root:/root:/usr/sbin/nologin\nuser:x:1000:1000:user:{HOME}:/bin/sh\n",
+    "group": "root:x:0:\nuser:x:1000:\n",
+}
+HOSTS_WITHOUT_NETWORK = "127.0.0.1 localhost sandbox\n::1 localhost\n"
 
 
 @dataclass(frozen=True)
@@ -151,13 +160,12 @@ def command_line(bwrap: Path, name: str) -> list[str]:
     return [str(bwrap), "--args", str(ARGS_FD), "--info-fd", str(INFO_FD), *shim]
 
 
-def sandbox_options(spec: SandboxSpec, folder: Path, shared: Path) -> list[str]:
+def sandbox_options(spec: SandboxSpec, folder: Path) -> list[str]:
     """Bubblewrap's options for one sandbox.
 
     Args:
         spec: what to create.
-        folder: the sandbox's own on the host, with `home`.
-        shared: what all have in common, see `shared_folder`.
+        folder: the sandbox's own on the host, with `home`, `etc` and `shim`.
 
     Raises:
         ProviderError: `INVALID` for a path to show inside that is missing or can't be shown.
@@ -172,13 +180,11 @@ def sandbox_options(spec: SandboxSpec, folder: Path, shared: Path) -> list[str]:
     for name, value in environment(path_inside, HOME).items():
         options += ["--setenv", name, value]
     options += _system_options(spec)
-    options += ["--ro-bind", str(shared), SHARED_INSIDE]
-    of_host = ETC_WITH_NETWORK if spec.network == "full" else ()
-    for name in of_host:
+    for name in (*ETC, *(ETC_WITH_NETWORK if spec.network == "full" else ())):
         options += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
-    for name in etc_names(shared):
-        if name not in of_host:
-            options += ["--symlink", f"{SHARED_INSIDE}/etc/{name}", f"/etc/{name}"]
+    for name in etc_files(spec):
+        options += ["--ro-bind", f"{folder}/etc/{name}", f"/etc/{name}"]
+    options += ["--ro-bind", f"{folder}/shim", SHIM_INSIDE]
     options += ["--bind", f"{folder}/home", HOME]
     for mount in sorted(shown, key=lambda mount: mount.target):
         options += ["--ro-bind", mount.source, mount.target]
@@ -188,6 +194,13 @@ def sandbox_options(spec: SandboxSpec, folder: Path, shared: Path) -> list[str]:
 def environment(path: str, home: str) -> dict[str, str]:
     """All that a command in a local sandbox has in its environment, unless it is given more."""
     return {"PATH": path, "HOME": home, "LANG": "C.UTF-8", "TERM": "dumb"}
+
+
+def etc_files(spec: SandboxSpec) -> dict[str, str]:
+    """Name and text of the files in /etc that are made up for a sandbox."""
+    if spec.network == "full":
+        return dict(SYNTHETIC_ETC)
+    return {**SYNTHETIC_ETC, "hosts": HOSTS_WITHOUT_NETWORK}
 
 
 def shown_paths(spec: SandboxSpec, home: Path) -> list[Mount]:

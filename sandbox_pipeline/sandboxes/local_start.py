@@ -13,7 +13,6 @@ from sandbox_pipeline.sandboxes.base import SandboxSpec
 from sandbox_pipeline.sandboxes.launcher import LAUNCHER
 from sandbox_pipeline.sandboxes.limits import plan_limits
 from sandbox_pipeline.sandboxes.local_folder import Meta, SandboxFolder
-from sandbox_pipeline.sandboxes.shared_files import shared_folder
 from sandbox_pipeline.sandboxes.spreading import spread_out
 
 
@@ -77,8 +76,12 @@ class SandboxStart:
 
     def _isolated(self, descriptors: list[int]) -> tuple[list[str], dict[str, str]]:
         path = self.folder.path
-        shared = shared_folder(path.parent, bubblewrap.shim_program())
-        options = bubblewrap.sandbox_options(self.spec, path, shared)
+        etc = path / "etc"
+        etc.mkdir()
+        for name, text in bubblewrap.etc_files(self.spec).items():
+            (etc / name).write_text(text, encoding="ascii")
+        (path / "shim").write_bytes(bubblewrap.shim_program())
+        options = bubblewrap.sandbox_options(self.spec, path)
         file = path / "bwrap.args"
         file.write_bytes(b"".join(os.fsencode(option) + b"\0" for option in options))
         descriptors.append(os.open(file, os.O_RDONLY))

@@ -39,7 +39,6 @@ from sandbox_pipeline.sandboxes.bubblewrap import find_bwrap, probe_isolation
 from sandbox_pipeline.sandboxes.limits import limits_in_force
 from sandbox_pipeline.sandboxes.local import LocalProvider
 from sandbox_pipeline.sandboxes.local_sandbox import LocalSandbox
-from sandbox_pipeline.sandboxes.shared_files import SHARED
 from sandbox_pipeline.sandboxes.trees import remove_tree, tree_bytes
 
 needs_bubblewrap = pytest.mark.skipif(
@@ -107,10 +106,9 @@ def kill_supervisor_after(pid_file: Path, seconds: float) -> None:
     os.kill(int(pid_file.read_text()), signal.SIGKILL)
 
 
-def left_in(root: Path) -> list[str]:
-    """What is left of sandboxes; nothing where there never was one."""
-    names = [entry.name for entry in root.iterdir()] if root.exists() else []
-    return [name for name in names if name != SHARED]
+def names_in(folder: Path) -> list[str]:
+    """What is in a folder; nothing where there is none."""
+    return [entry.name for entry in folder.iterdir()] if folder.exists() else []
 
 
 def make_garbage(root: Path) -> Path:
@@ -167,7 +165,7 @@ class Shared:
         await provider.kill(made.sandbox_id)
         assert holders_of(marker) == []
         assert processes_of(made.sandbox_id) == []
-        assert left_in(root) == []
+        assert names_in(root) == []
 
     async def test_supervisors_sudden_death_leaves_no_process(
         self, provider: LocalProvider, root: Path
@@ -183,7 +181,7 @@ class Shared:
         await wait_until(nothing_left, seconds=5)
         await assert_gone(made)
         assert await ids(provider, {}) == set()
-        assert left_in(root) == []
+        assert names_in(root) == []
 
     async def test_orchestrators_death_leaves_the_sandbox_until_its_deadline(
         self, provider: LocalProvider, root: Path
@@ -290,7 +288,7 @@ class Shared:
                 await creation
                 await provider.kill(f"local-{spec.lease_id}")
             assert mentions_of(spec.lease_id) == [], milliseconds
-            assert left_in(root) == [], milliseconds
+            assert names_in(root) == [], milliseconds
 
     async def test_supervisors_death_at_the_start_leaves_nothing(
         self, provider: LocalProvider, root: Path
@@ -350,7 +348,7 @@ class Shared:
         assert await ids(provider, {}) == set()
 
         async def removed() -> bool:
-            return left_in(root) == []
+            return names_in(root) == []
 
         await wait_until(removed)
 
@@ -366,7 +364,7 @@ class Shared:
             with pytest.raises(ProviderError, match="/no/such/place") as caught:
                 await provider.create(self.spec(**changes))
             assert caught.value.kind is ErrorKind.INVALID
-        assert left_in(root) == []
+        assert names_in(root) == []
 
     async def test_cancelled_command_is_ended(self, provider: LocalProvider) -> None:
         made = await provider.create(self.spec())
@@ -505,7 +503,7 @@ class TestBubblewrapOnly(Shared):
                     result = await made.run(Command(["sh", "-c", script]))
                     assert result.stdout == b"1000\\n", result
                     assert await provider.kill(made.sandbox_id)
-                    assert [it.name for it in Path({folder!r}, "root").iterdir()] == ["shared"]
+                    assert list(Path({folder!r}, "root").iterdir()) == []
                 asyncio.run(main())
                 print("fine")
             """
@@ -613,7 +611,7 @@ class TestWhereIsolationIsMissing:
         with pytest.raises(ProviderError, match="no permission to make namespaces") as caught:
             await LocalProvider(root, bwrap=program).create(spec_of("bubblewrap", {}))
         assert caught.value.kind is ErrorKind.HOST
-        assert left_in(root) == []
+        assert names_in(root) == []
 
     async def test_root_that_cannot_be_made_is_the_hosts_fault(self) -> None:
         with pytest.raises(ProviderError) as caught:
