@@ -175,6 +175,7 @@ class LocalProvider:
         probe = await asyncio.to_thread(bubblewrap.probe_isolation)
         if probe.bwrap is None:
             raise ProviderError(ErrorKind.HOST, probe.message)
+        self._bwrap = probe.bwrap
         return probe.bwrap
 
     async def _adopt(self, folder: SandboxFolder, end: float) -> LocalSandbox | None:
