@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 
 from benchmarks.modelled_provider import ModelledProvider, Plan
 from benchmarks.virtual_time import run as run_on_virtual_time
@@ -120,6 +120,15 @@ class VirtualStore(Store):
 
     permit_asks = 0
 
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self._connection = engine.connect()
+
+    async def close(self) -> None:
+        """See `Store.close`."""
+        self._connection.close()
+        await super().close()
+
     async def take_permit(self, scope: str, starts: int, window_ms: int) -> int | float:
         """See `Store.take_permit`."""
         self.permit_asks += 1
@@ -131,11 +140,12 @@ class VirtualStore(Store):
     def _monotonic(self) -> float:
         return asyncio.get_running_loop().time()
 
-    async def _run(self, work: Callable[[Connection], T], *, write: bool = True) -> T:
-        with self._engine.connect() as plain:
-            connection = plain.execution_options(write=write)
-            with connection.begin():
-                return work(connection)
+    async def _run(
+        self, work: Callable[[Connection], T], *, write: bool = True, short: bool = True
+    ) -> T:
+        del write, short
+        with self._connection.begin():
+            return work(self._connection)
 
 
 class Simulation:
