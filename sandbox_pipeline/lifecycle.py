@@ -129,9 +129,8 @@ class ForkLife:
             await self._journal.event("sandbox-cleaned", {"ok": False, "reason": short(str(error))})
             ended = []
         seconds = time.monotonic() - began
-        # As it was before: should it be cancelled meanwhile, `verify_patch` gives the slot back.
-        if not verification.is_wanted(orchestration, fork):
-            self._runtime.slots.give_back(self._ref)
+        # As it is now: should it be cancelled meanwhile, `verify_patch` gives the slot back.
+        is_last = not verification.is_wanted(orchestration, fork)
 
         def finish(fork: Fork) -> Fork:
             if fork.ended_at is not None:
@@ -147,8 +146,13 @@ class ForkLife:
 
         cleaned = [{"ok": True, "sandbox_id": lease.sandbox_id} for lease in ended]
         event = "sandbox-cleaned" if cleaned else None
-        fork = await self._journal.change(finish, event, cleaned[0] if cleaned else None)
-        await settle(self._store, fork)
+        try:
+            fork = await self._journal.change(finish, event, cleaned[0] if cleaned else None)
+            await settle(self._store, fork)
+        finally:
+            # Not before: what this fork did not spend is there for the next one.
+            if is_last:
+                self._runtime.slots.give_back(self._ref)
         for payload in cleaned[1:]:
             await self._journal.event("sandbox-cleaned", payload)
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -200,8 +201,15 @@ async def test_the_orchestrations_budget_is_shared_and_kept_to_within_one_reques
 
 
 async def test_what_a_fork_did_not_spend_is_there_for_the_next(
-    runtime: Runtime, config: Make
+    runtime: Runtime, config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    settle = runtime.store.settle
+
+    async def slowly(*fork: Any, **spent: Any) -> None:
+        await asyncio.sleep(0.2)
+        await settle(*fork, **spent)
+
+    monkeypatch.setattr(runtime.store, "settle", slowly)
     agent = Spender(0.1)
     runtime._agents["fake"] = agent
     done = await drive(runtime, config(num_forks=3, max_concurrent=1, budget_usd=0.9), "w")
