@@ -116,12 +116,8 @@ class LocalProvider:
         """See `SandboxProvider.kill`."""
         folder = self._folder(sandbox_id)
         was_alive = folder.is_alive()
-        if was_alive:
-            # Its supervisor, which removes the home, may as well remove all of it.
-            folder.discard()
         await self._end(folder)
-        if folder.path.exists():
-            await _to_end(asyncio.to_thread(folder.remove))
+        await _to_end(asyncio.to_thread(folder.remove))
         return was_alive
 
     async def snapshot(self, sandbox: Sandbox) -> str:

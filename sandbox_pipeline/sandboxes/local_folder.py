@@ -172,16 +172,12 @@ class SandboxFolder:
             os.kill(int(text), number)
         return True
 
-    def discard(self) -> None:
-        """Ask the supervisor to remove the folder once it has ended the sandbox."""
-        # Without the mark, such as where the disk is full, `tidy` does it a day later.
-        with contextlib.suppress(OSError):
-            write_text(str(self.path / "discard"), "")
-
     def remove(self) -> None:
         """Remove the folder of a sandbox that has ended, or leave that to its supervisor."""
         if not self._remove_now():
-            self.discard()
+            # Without the mark, such as where the disk is full, `tidy` does it a day later.
+            with contextlib.suppress(OSError):
+                write_text(str(self.path / "discard"), "")
             self._remove_now()
 
     def _remove_now(self) -> bool:
