@@ -28,7 +28,7 @@ class Database(Protocol):
         Args:
             work: gets a connection in a transaction; must not wait for anything else.
             write: it may change something.
-            short: of a few rows only.
+            short: a read of a few rows; of no account for a write.
 
         Raises:
             StoreError: the database failed.

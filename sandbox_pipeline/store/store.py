@@ -210,7 +210,7 @@ class Store:
             append_events(connection, listed)
             return len(new)
 
-        return await self._run(write, short=False)
+        return await self._run(write)
 
     async def leases(self, workflow_id: str | None = None) -> list[Lease]:
         """The leases of sandboxes that are not known to be gone, of one orchestration or all."""
@@ -377,7 +377,7 @@ class Store:
             if rows:
                 connection.execute(table.insert(), [dict(row) for row in rows])
 
-        await self._run(write, short=False)
+        await self._run(write)
 
     async def rows(self, table: sa.Table, workflow_id: str | None = None) -> list[dict[str, Any]]:
         """The rows of a metrics table, of one orchestration or of all."""
