@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import functools
 import re
 import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 SECRET_VARIABLES = (
     "E2B_API_KEY",
@@ -15,14 +17,20 @@ SECRET_VARIABLES = (
     "GITHUB_TOKEN",
 )
 MIN_SECRET_LENGTH = 6
+# What programs cut short is looked for from this many characters on, and from half the secret:
+# less is of no use to whoever reads it, and might be ordinary text (a token's public prefix).
+_MIN_PART_LENGTH = 12
 MARK = b"[redacted]"
 # base64 is wrapped into lines, which in a patch begin with + and in JSON are written \\n.
 _LINE_BREAK = rb"(?:(?:\\r|\r)?(?:\\n|\n)\+?)"
 _LONGEST_BREAK = 5
+_BREAK = re.compile(_LINE_BREAK)
 
 
 class Redactor:
     """Replaces secrets: plain, URL-encoded, and in base64 at any alignment, wrapped or not.
+
+    A secret that was cut short is replaced too, as long as its first or its last half is there.
 
     Args:
         secrets: the values; shorter ones than `MIN_SECRET_LENGTH` are ignored, since they
@@ -35,9 +43,7 @@ class Redactor:
             stripped = secret.strip()
             if len(stripped) >= MIN_SECRET_LENGTH:
                 forms |= _forms(stripped)
-        ordered = sorted(forms, key=len, reverse=True)
-        self._pattern = re.compile(b"|".join(map(_wrapped, ordered))) if ordered else None
-        self._longest = max(map(len, ordered), default=0) * (1 + _LONGEST_BREAK)
+        self._forms = _FormFinder(forms)
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], names: Iterable[str] = ()) -> Redactor:
@@ -47,61 +53,162 @@ class Redactor:
 
     def clean(self, data: bytes) -> tuple[bytes, bool]:
         """The data without secrets, and whether there were any."""
-        if self._pattern is None:
-            return data, False
-        cleaned, count = self._pattern.subn(_mark, data)
-        return cleaned, count > 0
+        stream = self.stream()
+        cleaned = stream.feed(data) + stream.finish()
+        return cleaned, stream.leaked
 
     def text(self, text: str) -> str:
         """The text without secrets."""
-        if self._pattern is None:
-            return text
         return self.clean(text.encode("utf-8", "surrogateescape"))[0].decode(
             "utf-8", "surrogateescape"
         )
 
     def stream(self) -> RedactedStream:
         """A filter for data that comes in chunks, which may cut a secret in two."""
-        return RedactedStream(self._pattern, self._longest)
+        return RedactedStream(self._forms)
 
 
 class RedactedStream:
     """Filters chunks; holds back as many bytes as a secret that has only begun could have."""
 
-    def __init__(self, pattern: re.Pattern[bytes] | None, longest: int) -> None:
-        self._pattern = pattern
-        self._longest = longest
+    def __init__(self, forms: _FormFinder) -> None:
+        self._forms = forms
         self._held = b""
         self.leaked = False
 
     def feed(self, chunk: bytes) -> bytes:
         """What is safe to store now."""
-        if self._pattern is None:
-            return chunk
         data = self._held + chunk
-        cut = max(0, len(data) - (self._longest - 1))
+        return self._clean(data, until=max(0, len(data) - self._forms.longest))
+
+    def finish(self) -> bytes:
+        """The rest, once no more comes."""
+        return self._clean(self._held, until=len(self._held))
+
+    def _clean(self, data: bytes, *, until: int) -> bytes:
+        """The data up to there without what is found to begin there; the rest is held."""
         out: list[bytes] = []
         position = 0
-        for match in self._pattern.finditer(data):
-            if match.start() >= cut:
-                break
-            out += (data[position : match.start()], _mark(match))
-            position = match.end()
-            self.leaked = True
-        end = max(cut, position)
+        for start, end in self._forms.find(data):
+            if start < until and end > position:
+                begin = max(start, position)
+                out += (data[position:begin], _mark(data[begin:end]))
+                position = end
+                self.leaked = True
+        end = max(until, position)
         out.append(data[position:end])
         self._held = data[end:]
         return b"".join(out)
 
-    def finish(self) -> bytes:
-        """The rest, once no more comes."""
-        rest = self._held
-        self._held = b""
-        if self._pattern is None:
-            return rest
-        cleaned, count = self._pattern.subn(_mark, rest)
-        self.leaked = self.leaked or count > 0
-        return cleaned
+
+class _FormFinder:
+    """Finds forms of secrets: whole, or their first or last part of `_part_length` and more.
+
+    Attributes:
+        longest: bytes that what is found may have.
+    """
+
+    def __init__(self, forms: Iterable[bytes]) -> None:
+        self._forms = sorted(forms, key=len, reverse=True)
+        self.longest = max(map(len, self._forms), default=0) * (1 + _LONGEST_BREAK)
+        texts: dict[bytes, None] = {}
+        for form in self._forms:
+            length = _part_length(form)
+            texts |= {form[:length]: None, form[-length:]: None}
+        self._texts = list(texts)
+        self._needles = list(map(_needle, texts))
+
+    @functools.cached_property
+    def _pattern(self) -> re.Pattern[bytes]:
+        # A tenth of a second, so only once there is something; and without groups, with which
+        # `re` would stop at each byte and not only where a part may begin.
+        return re.compile(b"|".join(map(_wrapped, self._texts)))
+
+    @functools.cached_property
+    def _parts(self) -> list[_Part]:
+        return [
+            _Part(
+                pattern=re.compile(_wrapped(text)),
+                after=[form[len(text) :] for form in self._forms if form.startswith(text)],
+                before=[form[: -len(text)] for form in self._forms if form.endswith(text)],
+            )
+            for text in self._texts
+        ]
+
+    def find(self, data: bytes) -> Iterator[tuple[int, int]]:
+        """Where they begin and end, in order of their ends; they may overlap."""
+        if not self._needles or not self._may_be_in(_hay(data)):
+            return
+        for match in self._pattern.finditer(data):
+            begins, ends = [match.start()], [match.end()]
+            for part in self._parts:
+                if part.pattern.fullmatch(match[0]):
+                    begins += (_grow_back(before, data, match.start()) for before in part.before)
+                    ends += (_grow(after, data, match.end()) for after in part.after)
+            yield min(begins), max(ends)
+
+    def _may_be_in(self, hay: bytes) -> bool:
+        for needle in self._needles:  # noqa: SIM110 - `any` takes twice as long for a short line
+            if needle in hay:
+                return True
+        return False
+
+
+class _Part(NamedTuple):
+    """A form's beginning or end, with what comes after or before it in the forms that have it."""
+
+    pattern: re.Pattern[bytes]
+    after: list[bytes]
+    before: list[bytes]
+
+
+def _hay(data: bytes) -> bytes:
+    """The data without all that is a line break or may belong to one.
+
+    A look at it for needles says many times as fast as `re` that there is nothing.
+    """
+    data = b"".join(data.replace(rb"\n", b"").replace(rb"\r", b"").split(b"\n"))
+    return data.replace(b"\r", b"").replace(b"+", b"")
+
+
+def _needle(part: bytes) -> bytes:
+    """What `_hay` leaves of this part wherever it is; nothing, which is in any hay, if unsure."""
+    # The first byte may go, as an n after a backslash that is not the part's.
+    return b"" if b"\\" in part else _hay(part[1:])
+
+
+def _part_length(form: bytes) -> int:
+    return min(len(form), max(_MIN_PART_LENGTH, (len(form) + 1) // 2))
+
+
+def _grow(after: bytes, data: bytes, end: int) -> int:
+    """How far the form goes on from here."""
+    for wanted in after:
+        match = _broken(wanted).match(data, end)
+        if match is None:
+            break
+        end = match.end()
+    return end
+
+
+def _grow_back(before: bytes, data: bytes, start: int) -> int:
+    """How far the form goes back from here."""
+    for wanted in reversed(before):
+        match = _before_break(wanted).search(data, max(0, start - 1 - _LONGEST_BREAK), start)
+        if match is None:
+            break
+        start = match.start()
+    return start
+
+
+@functools.cache
+def _broken(byte: int) -> re.Pattern[bytes]:
+    return re.compile(_LINE_BREAK + b"?" + re.escape(bytes((byte,))))
+
+
+@functools.cache
+def _before_break(byte: int) -> re.Pattern[bytes]:
+    return re.compile(re.escape(bytes((byte,))) + _LINE_BREAK + rb"?\Z")
 
 
 def _wrapped(form: bytes) -> bytes:
@@ -109,9 +216,9 @@ def _wrapped(form: bytes) -> bytes:
     return (_LINE_BREAK + b"?").join(re.escape(form[i : i + 1]) for i in range(len(form)))
 
 
-def _mark(match: re.Match[bytes]) -> bytes:
+def _mark(found: bytes) -> bytes:
     # The breaks stay: a patch whose lines are fewer than it says can't be applied.
-    return MARK + b"".join(re.findall(_LINE_BREAK, match[0]))
+    return MARK + b"".join(_BREAK.findall(found))
 
 
 def _forms(secret: str) -> set[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import urllib.parse
 
@@ -69,3 +70,52 @@ def test_wrapped_base64_is_found_and_its_lines_stay() -> None:
             stream = Redactor([secret]).stream()
             chunks = [stream.feed(data[i : i + 7]) for i in range(0, len(data), 7)]
             assert b"".join(chunks) + stream.finish() == cleaned
+
+
+LONG = "sk-ant-canary-" + base64.b64encode(hashlib.sha512(b"canary").digest()).decode()
+
+
+@pytest.mark.parametrize("left", [0.99, 0.9, 0.75, 0.6])
+def test_a_secret_that_was_cut_short_is_found(left: float) -> None:
+    forms = [LONG.encode(), urllib.parse.quote(LONG, safe="").encode()]
+    for offset in range(3):
+        padded = b"x" * offset + LONG.encode() + b"yz"
+        forms += (base64.b64encode(padded), base64.encodebytes(padded))
+    for form in forms:
+        kept = int(len(form) * left)
+        for cut in (form[:kept], form[-kept:]):
+            for data in (cut, b"before\n" + cut + b"\nafter", json.dumps(cut.decode()).encode()):
+                cleaned, found = Redactor([LONG]).clean(data)
+                assert found
+                rest = cleaned.replace(b"before\n", b"").replace(b"\nafter", b"")
+                # Of base64, the outermost characters depend on what is around the secret.
+                assert len(rest.replace(b"\\n", b"").replace(b"[redacted]", b"")) <= 10
+
+
+def test_what_secrets_share_with_others_is_no_secret() -> None:
+    text = f"{LONG[:40]} and {LONG[-40:]}"
+    assert Redactor([LONG]).text(text) == text
+
+
+def test_of_two_secrets_that_begin_alike_nothing_is_left() -> None:
+    alike = ["canary-secret-1", "canary-secret-2-which-is-longer", "canary-secret-2-and-longer"]
+    assert Redactor(alike).text(" ".join(alike)) == " ".join(["[redacted]"] * 3)
+
+
+@given(st.binary(min_size=9, max_size=60), st.integers(1, 70), st.sampled_from(["", "+"]))
+def test_any_wrapping_of_base64_is_found(raw: bytes, width: int, prefix: str) -> None:
+    secret = raw.hex() + "?>~" * 3
+    text = base64.b64encode(secret.encode()).decode()
+    lines = [prefix + text[i : i + width] for i in range(0, len(text), width)]
+    cleaned, found = Redactor([secret]).clean("\n".join(lines).encode())
+    assert found
+    assert cleaned.count(b"\n") == len(lines) - 1
+    # The last characters depend on what comes after the secret.
+    assert len(cleaned.translate(None, b"\n+=").replace(b"[redacted]", b"")) <= 2
+
+
+@given(st.text(st.sampled_from("\\nr+\n\rab"), min_size=6, max_size=40))
+def test_secrets_of_the_characters_of_line_breaks_are_found(secret: str) -> None:
+    redactor = Redactor([secret])
+    if len(secret.strip()) >= 6:
+        assert secret.strip() not in redactor.text(f"a {secret} b")

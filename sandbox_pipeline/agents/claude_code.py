@@ -169,15 +169,16 @@ async def _run(sandbox: Sandbox, task: Task, reporter: Reporter, route: _Route) 
         transcript.add("prompt", task.prompt)
         stream = ClaudeStream(transcript)
 
-        def on_line(source: str, line: str) -> None:
-            if source == "stdout":
-                stream.line(line)
-            elif line.strip():
-                transcript.add("output", line, name=source)
-                complaints.append(line.strip())
+        def on_lines(source: str, lines: list[str]) -> None:
+            for line in lines:
+                if source == "stdout":
+                    stream.line(line)
+                elif line.strip():
+                    transcript.add("output", line, name=source)
+                    complaints.append(line.strip())
 
         with OutputLog(
-            task.artifacts, task.redactor, on_line, max_line_bytes=MAX_STREAM_LINE_BYTES
+            task.artifacts, task.redactor, on_lines, max_line_bytes=MAX_STREAM_LINE_BYTES
         ) as log:
 
             async def on_output(source: str, chunk: bytes) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections import deque
 from collections.abc import Mapping
 
 from sandbox_pipeline.agents.base import Reporter, Task, job_of
@@ -50,27 +49,29 @@ class CommandAgent:
             env=agent_env(task),
             idle_timeout_seconds=task.config.idle_timeout_seconds,
         )
-        last = deque[str](maxlen=1)
+        last = ""
         with TranscriptWriter(task.artifacts / "transcript.jsonl", task.redactor) as transcript:
             transcript.add("prompt", task.prompt)
 
-            def on_line(stream: str, line: str) -> None:
-                transcript.add("output", line, name=stream)
-                if line.strip():
-                    last.append(line.strip())
+            def on_lines(stream: str, lines: list[str]) -> None:
+                nonlocal last
+                if not transcript.truncated:
+                    for line in lines:
+                        transcript.add("output", line, name=stream)
+                last = next((line for line in reversed(lines) if line.strip()), last)
 
-            with OutputLog(task.artifacts, task.redactor, on_line) as log:
+            with OutputLog(task.artifacts, task.redactor, on_lines) as log:
 
                 async def on_output(stream: str, chunk: bytes) -> None:
                     with transcript.many():
                         await log.feed(stream, chunk)
                     if last:
-                        await reporter.progress(last[-1])
+                        await reporter.progress(last.strip())
 
                 finished = await run_detached(sandbox, job_of(task.attempt), job, on_output)
                 log.finish()
             report = parse_usage(task.config.usage_format, _end_of_output(task))
-            result = _result(finished, argv[0], list(last), task.config)
+            result = _result(finished, argv[0], last.strip()[-500:], task.config)
             result = result.model_copy(
                 update={
                     "secret_leak": log.leaked or transcript.leaked,
@@ -124,8 +125,7 @@ def _end_of_output(task: Task) -> str:
         return file.read().decode("utf-8", "replace")
 
 
-def _result(finished: Finished, program: str, last: list[str], config: AgentConfig) -> AgentResult:
-    said = " | ".join(last)[-500:]
+def _result(finished: Finished, program: str, said: str, config: AgentConfig) -> AgentResult:
     truncated = finished.truncated
     code = finished.exit_code
     if finished.timed_out:

@@ -11,17 +11,17 @@ from sandbox_pipeline.redaction import RedactedStream, Redactor
 
 MAX_LINE_BYTES = 65_536
 
-OnLine = Callable[[str, str], None]
+OnLines = Callable[[str, list[str]], None]
 
 
 class OutputLog:
-    """Writes `stdout.log` and `stderr.log` anew and hands on each line.
+    """Writes `stdout.log` and `stderr.log` anew and hands on the lines.
 
     Args:
         folder: where the logs go.
         redactor: cleans the bytes before anything else sees them.
-        on_line: hears `("stdout" | "stderr", line)`; undecodable bytes are replaced and a
-            line longer than `max_line_bytes` comes in pieces.
+        on_lines: hears `("stdout" | "stderr", lines)`, those that came at once; undecodable
+            bytes are replaced and a line longer than `max_line_bytes` comes in pieces.
         max_line_bytes: agents whose lines are JSON documents need more than the default.
     """
 
@@ -29,7 +29,7 @@ class OutputLog:
         self,
         folder: Path,
         redactor: Redactor,
-        on_line: OnLine,
+        on_lines: OnLines,
         *,
         max_line_bytes: int = MAX_LINE_BYTES,
     ) -> None:
@@ -39,7 +39,7 @@ class OutputLog:
         for name in self._files:
             self._streams[name] = redactor.stream()
             self._partial[name] = bytearray()
-        self._on_line = on_line
+        self._on_lines = on_lines
         self._max_line_bytes = max_line_bytes
         self.received_bytes = 0
 
@@ -78,8 +78,8 @@ class OutputLog:
             del partial[: self._max_line_bytes]
 
     def _emit(self, stream: str, lines: bytes) -> None:
-        for line in lines.decode("utf-8", "replace").split("\n"):
-            self._on_line(stream, line.rstrip("\r"))
+        whole = lines.decode("utf-8", "replace").split("\n")
+        self._on_lines(stream, [line.rstrip("\r") for line in whole])
 
     def __enter__(self) -> Self:
         return self

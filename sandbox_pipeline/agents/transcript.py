@@ -16,7 +16,6 @@ from sandbox_pipeline.redaction import Redactor
 
 MAX_TEXT = 100_000
 MAX_TRANSCRIPT_BYTES = 20_000_000
-BUFFER_BYTES = 1 << 18
 
 EntryType = Literal[
     "system", "prompt", "text", "thinking", "tool_use", "tool_result", "output", "result"
@@ -48,9 +47,10 @@ class TranscriptWriter:
     """Writes a transcript anew; redacts, and bounds each entry and the whole."""
 
     def __init__(self, path: Path, redactor: Redactor) -> None:
-        self._file = path.open("wb", buffering=BUFFER_BYTES)
+        self._file = path.open("wb", buffering=0)
         self._redactor = redactor
-        self._written = 0
+        self._length = 0
+        self._waiting: list[bytes] = []
         self._many = False
         self.truncated = False
         self.leaked = False
@@ -69,26 +69,31 @@ class TranscriptWriter:
             text = f"{text[:MAX_TEXT]}… ({len(text)} characters)"
         # JSON allows halves of surrogate pairs in strings, UTF-8 does not.
         text = text.encode("utf-8", "replace").decode("utf-8")
-        line, leaked = self._redactor.clean(_line(entry_type, text, fields))
-        self.leaked = self.leaked or leaked
-        if self._written + len(line) > MAX_TRANSCRIPT_BYTES:
+        line = _line(entry_type, text, fields)
+        if self._length + len(line) > MAX_TRANSCRIPT_BYTES:
             self.truncated = True
-            full = "transcript is full; the rest is in the logs"
-            line = _line("system", full, {})
-        self._file.write(line)
-        self._written += len(line)
+            line = _line("system", "transcript is full; the rest is in the logs", {})
+        self._length += len(line)
+        self._waiting.append(line)
         if not self._many:
-            self._file.flush()
+            self._write()
 
     @contextmanager
     def many(self) -> Generator[None]:
-        """Entries that come at once are also written at once, at its end."""
+        """Entries that come at once are also redacted and written at once, at its end."""
         self._many = True
         try:
             yield
         finally:
             self._many = False
-            self._file.flush()
+            self._write()
+
+    def _write(self) -> None:
+        # No form of a secret can be in two lines of JSON: what is between them is no line break.
+        cleaned, leaked = self._redactor.clean(b"".join(self._waiting))
+        self._waiting.clear()
+        self.leaked = self.leaked or leaked
+        self._file.write(cleaned)
 
     def __enter__(self) -> Self:
         return self
