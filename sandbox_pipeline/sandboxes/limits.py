@@ -15,6 +15,10 @@ from sandbox_pipeline.sandboxes.base import Resources
 DEFAULT_MAX_PROCESSES = 4096
 MIB = 1 << 20
 CPU_PERIOD_US = 100_000
+# A tenth of what a group has by default: where agents want more than there is, whoever follows them
+# all goes first. A niceness does not do that where the kernel groups processes by session
+# (sched(7), autogroups), since it holds within a group only.
+CPU_WEIGHT = {1: ("cpu.shares", "102"), 2: ("cpu.weight", "10")}
 REMOVE_SECONDS = 0.5
 CONTROLLERS = ("cpu", "cpuacct", "memory", "pids")
 
@@ -83,8 +87,6 @@ def plan_limits(config: SandboxConfig, name: str) -> LimitPlan:
     values: list[tuple[Path, str]] = []
     wanted = _wanted_values(config)
     for controller, hierarchy in _hierarchies().items():
-        if controller == "cpu" and hierarchy.version == 1 and config.cpu is None:
-            continue
         folder = hierarchy.parent / name
         folders[folder] = None
         values += [
@@ -103,6 +105,7 @@ def _wanted_values(config: SandboxConfig) -> dict[tuple[str, int], list[tuple[st
     """File and value by controller and version of control groups."""
     pids = [("pids.max", str(config.max_processes or DEFAULT_MAX_PROCESSES))]
     values = {("pids", 1): pids, ("pids", 2): pids}
+    values |= {("cpu", version): [weight] for version, weight in CPU_WEIGHT.items()}
     if config.memory_mb is not None:
         size = str(config.memory_mb * MIB)
         # The file for memory and swap together is missing where the kernel doesn't count swap.
@@ -113,11 +116,11 @@ def _wanted_values(config: SandboxConfig) -> dict[tuple[str, int], list[tuple[st
         values["memory", 2] = [("memory.max", size), ("memory.swap.max", "0")]
     if config.cpu is not None:
         quota = str(max(1000, int(config.cpu * CPU_PERIOD_US)))
-        values["cpu", 1] = [
+        values["cpu", 1] += [
             ("cpu.cfs_period_us", str(CPU_PERIOD_US)),
             ("cpu.cfs_quota_us", quota),
         ]
-        values["cpu", 2] = [("cpu.max", f"{quota} {CPU_PERIOD_US}")]
+        values["cpu", 2] += [("cpu.max", f"{quota} {CPU_PERIOD_US}")]
     return values
 
 

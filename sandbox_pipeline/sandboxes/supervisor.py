@@ -202,7 +202,7 @@ class Supervisor:
                 # Where memory runs out, what is in a sandbox goes before what is not.
                 _write("/proc/self/oom_score_adj", "500")
             with contextlib.suppress(OSError):
-                # Where agents want more than there is, whoever follows them all goes first.
+                # Where there are no control groups with a weight (`limits.CPU_WEIGHT`).
                 os.nice(NICENESS)
             for name, value in self.rlimits:
                 _limit(name, int(value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -32,7 +33,7 @@ from sandbox_pipeline.sandboxes.base import (
     SandboxSpec,
 )
 from sandbox_pipeline.sandboxes.bubblewrap import probe_isolation
-from sandbox_pipeline.sandboxes.limits import limits_in_force
+from sandbox_pipeline.sandboxes.limits import CPU_WEIGHT, limits_in_force
 from sandbox_pipeline.sandboxes.local import LocalProvider
 from sandbox_pipeline.sandboxes.shim import LENGTHS
 
@@ -281,6 +282,23 @@ async def test_fork_bomb_is_bounded_and_can_be_ended(provider: LocalProvider) ->
     assert (await shell(sandbox, "true")).exit_code == 0
     assert await provider.kill(sandbox.sandbox_id)
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.skipif(not IN_FORCE["cpu"].in_force, reason="no control group for CPU here")
+@pytest.mark.parametrize("config", [{}, {"cpu": 0.5}])
+async def test_agents_give_way_to_who_follows_them(
+    provider: LocalProvider, config: dict[str, float]
+) -> None:
+    sandbox = await provider.create(spec(**config))
+    meta = json.loads((provider.root / sandbox.sandbox_id / "meta.json").read_text())
+    weights = {
+        (folder / name).read_text().strip()
+        for folder in map(Path, meta["cgroups"])
+        for name, _ in CPU_WEIGHT.values()
+        if (folder / name).exists() and (folder / "cgroup.procs").read_text()
+    }
+    assert len(weights) == 1
+    assert weights <= {value for _, value in CPU_WEIGHT.values()}
 
 
 @pytest.mark.skipif(not IN_FORCE["memory_mb"].in_force, reason="no limit on memory here")
