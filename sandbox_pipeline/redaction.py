@@ -17,9 +17,12 @@ SECRET_VARIABLES = (
     "GITHUB_TOKEN",
 )
 MIN_SECRET_LENGTH = 6
-# What programs cut short is looked for from this many characters on, and from half the secret:
-# less is of no use to whoever reads it, and might be ordinary text (a token's public prefix).
+# A token that was cut short is looked for from this many characters on, and from half of it: less
+# is of no use to whoever reads it, and might be ordinary text, as a token's public prefix is.
+# Addresses, paths and sentences, which may be in variables as well, begin like many others.
 _MIN_PART_LENGTH = 12
+_TOKEN = re.compile(r"(?!/)[\w.~+/=-]+", re.ASCII)
+_MIXED = re.compile(rb"(?=.*[0-9]).*[A-Za-z]")
 MARK = b"[redacted]"
 # base64 is wrapped into lines, which in a patch begin with + and in JSON are written \\n.
 _LINE_BREAK = rb"(?:(?:\\r|\r)?(?:\\n|\n)\+?)"
@@ -30,7 +33,7 @@ _BREAK = re.compile(_LINE_BREAK)
 class Redactor:
     """Replaces secrets: plain, URL-encoded, and in base64 at any alignment, wrapped or not.
 
-    A secret that was cut short is replaced too, as long as its first or its last half is there.
+    A token that was cut short is replaced too, as long as its first or its last half is there.
 
     Args:
         secrets: the values; shorter ones than `MIN_SECRET_LENGTH` are ignored, since they
@@ -38,12 +41,12 @@ class Redactor:
     """
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        forms: set[bytes] = set()
+        parts: dict[bytes, set[bytes]] = {}
         for secret in secrets:
             stripped = secret.strip()
             if len(stripped) >= MIN_SECRET_LENGTH:
-                forms |= _forms(stripped)
-        self._forms = _FormFinder(forms)
+                parts |= {form: _recognized_by(form, stripped) for form in _forms(stripped)}
+        self._forms = _FormFinder(parts)
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], names: Iterable[str] = ()) -> Redactor:
@@ -102,21 +105,18 @@ class RedactedStream:
 
 
 class _FormFinder:
-    """Finds forms of secrets: whole, or their first or last part of `_part_length` and more.
+    """Finds forms of secrets, from parts of them on.
 
     Attributes:
         longest: bytes that what is found may have.
     """
 
-    def __init__(self, forms: Iterable[bytes]) -> None:
-        self._forms = sorted(forms, key=len, reverse=True)
-        self.longest = max(map(len, self._forms), default=0) * (1 + _LONGEST_BREAK)
-        texts: dict[bytes, None] = {}
-        for form in self._forms:
-            length = _part_length(form)
-            texts |= {form[:length]: None, form[-length:]: None}
-        self._texts = list(texts)
-        self._needles = list(map(_needle, texts))
+    def __init__(self, parts: Mapping[bytes, set[bytes]]) -> None:
+        """Take the parts that are to be looked for, by form; whole ones are parts as well."""
+        self._forms = list(parts)
+        self.longest = max(map(len, parts), default=0) * (1 + _LONGEST_BREAK)
+        self._texts = sorted(set[bytes]().union(*parts.values()), key=len, reverse=True)
+        self._needles = list(map(_needle, self._texts))
 
     @functools.cached_property
     def _pattern(self) -> re.Pattern[bytes]:
@@ -177,8 +177,13 @@ def _needle(part: bytes) -> bytes:
     return b"" if b"\\" in part else _hay(part[1:])
 
 
-def _part_length(form: bytes) -> int:
-    return min(len(form), max(_MIN_PART_LENGTH, (len(form) + 1) // 2))
+def _recognized_by(form: bytes, secret: str) -> set[bytes]:
+    """The parts of a form of the secret that are enough to know it by."""
+    if not _TOKEN.fullmatch(secret):
+        return {form}
+    length = min(len(form), max(_MIN_PART_LENGTH, (len(form) + 1) // 2))
+    halves = {form[:length], form[-length:]}
+    return halves if all(map(_MIXED.match, halves)) else {form}
 
 
 def _grow(after: bytes, data: bytes, end: int) -> int:

@@ -97,6 +97,24 @@ def test_what_secrets_share_with_others_is_no_secret() -> None:
     assert Redactor([LONG]).text(text) == text
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "https://api.example.com/v1/models",
+        "/usr/local/sbin:/usr/local/bin:/usr/bin",
+        "/opt/python3.11/lib/site-packages",
+        "claude-opus-4-20250514",
+        "the tests in the folder number 1 must pass",
+    ],
+)
+def test_what_is_no_token_is_only_found_whole(value: str) -> None:
+    half = (len(value) + 1) // 2
+    redactor = Redactor([value])
+    for text in (value[:half], value[half:], value[:-1], value[1:]):
+        assert redactor.text(text) == text
+    assert redactor.text(f"<{value}>") == "<[redacted]>"
+
+
 def test_of_two_secrets_that_begin_alike_nothing_is_left() -> None:
     alike = ["canary-secret-1", "canary-secret-2-which-is-longer", "canary-secret-2-and-longer"]
     assert Redactor(alike).text(" ".join(alike)) == " ".join(["[redacted]"] * 3)
