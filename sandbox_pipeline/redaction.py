@@ -6,7 +6,7 @@ import base64
 import functools
 import re
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 SECRET_VARIABLES = (
@@ -125,15 +125,15 @@ class _FormFinder:
         return re.compile(b"|".join(map(_wrapped, self._texts)))
 
     @functools.cached_property
-    def _parts(self) -> list[_Part]:
-        return [
-            _Part(
-                pattern=re.compile(_wrapped(text)),
+    def _parts(self) -> dict[bytes, _Part]:
+        return {
+            text: _Part(
+                matches=re.compile(_wrapped(text)).fullmatch,
                 after=[form[len(text) :] for form in self._forms if form.startswith(text)],
                 before=[form[: -len(text)] for form in self._forms if form.endswith(text)],
             )
             for text in self._texts
-        ]
+        }
 
     def find(self, data: bytes) -> Iterator[tuple[int, int]]:
         """Where they begin and end, in order of their ends; they may overlap."""
@@ -141,11 +141,15 @@ class _FormFinder:
             return
         for match in self._pattern.finditer(data):
             begins, ends = [match.start()], [match.end()]
-            for part in self._parts:
-                if part.pattern.fullmatch(match[0]):
-                    begins += (_grow_back(before, data, match.start()) for before in part.before)
-                    ends += (_grow(after, data, match.end()) for after in part.after)
+            for part in self._parts_of(match[0]):
+                begins += (_grow_back(before, data, match.start()) for before in part.before)
+                ends += (_grow(after, data, match.end()) for after in part.after)
             yield min(begins), max(ends)
+
+    def _parts_of(self, found: bytes) -> list[_Part]:
+        """The parts that this is, with or without line breaks."""
+        part = self._parts.get(found)
+        return [part] if part else [it for it in self._parts.values() if it.matches(found)]
 
     def _may_be_in(self, hay: bytes) -> bool:
         for needle in self._needles:  # noqa: SIM110 - `any` takes twice as long for a short line
@@ -157,7 +161,7 @@ class _FormFinder:
 class _Part(NamedTuple):
     """A form's beginning or end, with what comes after or before it in the forms that have it."""
 
-    pattern: re.Pattern[bytes]
+    matches: Callable[[bytes], re.Match[bytes] | None]
     after: list[bytes]
     before: list[bytes]
 
@@ -188,7 +192,9 @@ def _recognized_by(form: bytes, secret: str) -> set[bytes]:
 
 def _grow(after: bytes, data: bytes, end: int) -> int:
     """How far the form goes on from here."""
-    for wanted in after:
+    for done, wanted in enumerate(after):
+        if data.startswith(after[done:], end):
+            return end + len(after) - done
         match = _broken(wanted).match(data, end)
         if match is None:
             break
@@ -198,8 +204,12 @@ def _grow(after: bytes, data: bytes, end: int) -> int:
 
 def _grow_back(before: bytes, data: bytes, start: int) -> int:
     """How far the form goes back from here."""
-    for wanted in reversed(before):
-        match = _before_break(wanted).search(data, max(0, start - 1 - _LONGEST_BREAK), start)
+    for left in range(len(before), 0, -1):
+        if data.endswith(before[:left], 0, start):
+            return start - left
+        match = _before_break(before[left - 1]).search(
+            data, max(0, start - 1 - _LONGEST_BREAK), start
+        )
         if match is None:
             break
         start = match.start()

@@ -47,7 +47,7 @@ class TranscriptWriter:
     """Writes a transcript anew; redacts, and bounds each entry and the whole."""
 
     def __init__(self, path: Path, redactor: Redactor) -> None:
-        self._file = path.open("wb", buffering=0)
+        self._file = path.open("wb")
         self._redactor = redactor
         self._length = 0
         self._waiting: list[bytes] = []
@@ -94,6 +94,7 @@ class TranscriptWriter:
         self._waiting.clear()
         self.leaked = self.leaked or leaked
         self._file.write(cleaned)
+        self._file.flush()
 
     def __enter__(self) -> Self:
         return self
