@@ -6,8 +6,9 @@ import base64
 import functools
 import re
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from os.path import commonprefix
 
 SECRET_VARIABLES = (
     "E2B_API_KEY",
@@ -17,17 +18,20 @@ SECRET_VARIABLES = (
     "GITHUB_TOKEN",
 )
 MIN_SECRET_LENGTH = 6
-# A token that was cut short is looked for from this many characters on, and from half of it: less
-# is of no use to whoever reads it, and might be ordinary text, as a token's public prefix is.
-# Addresses, paths and sentences, which may be in variables as well, begin like many others.
-_MIN_PART_LENGTH = 12
-_TOKEN = re.compile(r"(?!/)[\w.~+/=-]+", re.ASCII)
-_MIXED = re.compile(rb"(?=.*[0-9]).*[A-Za-z]")
+# A token that was cut short is looked for from half of it on: less is of no use to whoever reads
+# it, and may be a public prefix. Names, addresses, paths and sentences, which may be in variables
+# as well, begin like many others; keys are longer, and each half of one looks random somewhere.
+_MIN_TOKEN_LENGTH = 32
+_TOKEN = re.compile(r"[\w.~+/=-]+", re.ASCII)
+_RANDOM = re.compile(r"(?=[A-Za-z]*[0-9])(?=[0-9]*[A-Za-z])[A-Za-z0-9]{12}")
 MARK = b"[redacted]"
 # base64 is wrapped into lines, which in a patch begin with + and in JSON are written \\n.
 _LINE_BREAK = rb"(?:(?:\\r|\r)?(?:\\n|\n)\+?)"
 _LONGEST_BREAK = 5
 _BREAK = re.compile(_LINE_BREAK)
+# A JSON escape that has begun: none of it may be taken, or the line could not be read any more.
+_ESCAPE = re.compile(rb"(?<!\\)(?:\\\\)*(\\(?:u[0-9A-Fa-f]{0,3})?)\Z")
+_ESCAPED = b'"\\/bfnrtu'
 
 
 class Redactor:
@@ -45,7 +49,7 @@ class Redactor:
         for secret in secrets:
             stripped = secret.strip()
             if len(stripped) >= MIN_SECRET_LENGTH:
-                parts |= {form: _recognized_by(form, stripped) for form in _forms(stripped)}
+                parts |= {form: _halves(form, stripped) for form in _forms(stripped)}
         self._forms = _FormFinder(parts)
 
     @classmethod
@@ -112,58 +116,75 @@ class _FormFinder:
     """
 
     def __init__(self, parts: Mapping[bytes, set[bytes]]) -> None:
-        """Take the parts that are to be looked for, by form; whole ones are parts as well."""
-        self._forms = list(parts)
+        """Take the parts that are to be looked for besides whole forms, by form."""
         self.longest = max(map(len, parts), default=0) * (1 + _LONGEST_BREAK)
-        self._texts = sorted(set[bytes]().union(*parts.values()), key=len, reverse=True)
-        self._needles = list(map(_needle, self._texts))
+        texts = set(parts).union(*parts.values())
+        self._parts = [
+            _Part(
+                text=text,
+                needle=_needle(text),
+                after=[form[len(text) :] for form in parts if form.startswith(text)],
+                before=[form[: -len(text)] for form in parts if form.endswith(text)],
+            )
+            for text in texts
+        ]
+
+    def find(self, data: bytes) -> list[tuple[int, int]]:
+        """Where they begin and end, in order."""
+        if not self._parts:
+            return []
+        hay = _hay(data)
+        found: list[tuple[int, int]] = []
+        for part in self._parts:
+            if part.needle in hay:
+                found += part.find(data)
+        return _merged(sorted(found))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A form, or its beginning or end, with what comes after or before it in those that have it."""
+
+    text: bytes
+    needle: bytes
+    after: list[bytes]
+    before: list[bytes]
 
     @functools.cached_property
     def _pattern(self) -> re.Pattern[bytes]:
-        # A tenth of a second, so only once there is something; and without groups, with which
-        # `re` would stop at each byte and not only where a part may begin.
-        return re.compile(b"|".join(map(_wrapped, self._texts)))
-
-    @functools.cached_property
-    def _parts(self) -> dict[bytes, _Part]:
-        return {
-            text: _Part(
-                matches=re.compile(_wrapped(text)).fullmatch,
-                after=[form[len(text) :] for form in self._forms if form.startswith(text)],
-                before=[form[: -len(text)] for form in self._forms if form.endswith(text)],
-            )
-            for text in self._texts
-        }
+        # Only once there is something: it takes some hundredths of a second.
+        return re.compile(_wrapped(self.text))
 
     def find(self, data: bytes) -> Iterator[tuple[int, int]]:
-        """Where they begin and end, in order of their ends; they may overlap."""
-        if not self._needles or not self._may_be_in(_hay(data)):
-            return
+        """Where it is, with what is around it of a form."""
         for match in self._pattern.finditer(data):
-            begins, ends = [match.start()], [match.end()]
-            for part in self._parts_of(match[0]):
-                begins += (_grow_back(before, data, match.start()) for before in part.before)
-                ends += (_grow(after, data, match.end()) for after in part.after)
-            yield min(begins), max(ends)
-
-    def _parts_of(self, found: bytes) -> list[_Part]:
-        """The parts that this is, with or without line breaks."""
-        part = self._parts.get(found)
-        return [part] if part else [it for it in self._parts.values() if it.matches(found)]
-
-    def _may_be_in(self, hay: bytes) -> bool:
-        for needle in self._needles:  # noqa: SIM110 - `any` takes twice as long for a short line
-            if needle in hay:
-                return True
-        return False
+            start, end = match.span()
+            begin = min((_grow_back(before, data, start) for before in self.before), default=start)
+            yield (
+                _after_escape(data, begin),
+                max((_grow(after, data, end) for after in self.after), default=end),
+            )
 
 
-class _Part(NamedTuple):
-    """A form's beginning or end, with what comes after or before it in the forms that have it."""
+def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those that overlap as one."""
+    merged: list[tuple[int, int]] = []
+    for start, end in spans:
+        if merged and start < merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
 
-    matches: Callable[[bytes], re.Match[bytes] | None]
-    after: list[bytes]
-    before: list[bytes]
+
+def _after_escape(data: bytes, start: int) -> int:
+    """This place, or where the escape ends in whose middle it is."""
+    begun = _ESCAPE.search(data, max(0, start - 16), start)
+    next_letter = data[start : start + 1]
+    if begun is None or (begun[1] == b"\\" and next_letter not in _ESCAPED):
+        return start
+    is_long = begun[1] != b"\\" or next_letter == b"u"
+    return begun.start(1) + (6 if is_long else 2)
 
 
 def _hay(data: bytes) -> bytes:
@@ -177,42 +198,46 @@ def _hay(data: bytes) -> bytes:
 
 def _needle(part: bytes) -> bytes:
     """What `_hay` leaves of this part wherever it is; nothing, which is in any hay, if unsure."""
-    # The first byte may go, as an n after a backslash that is not the part's.
-    return b"" if b"\\" in part else _hay(part[1:])
+    # The first two may go, as n and r after backslashes that are not the part's.
+    return b"" if b"\\" in part else _hay(part[2:])
 
 
-def _recognized_by(form: bytes, secret: str) -> set[bytes]:
-    """The parts of a form of the secret that are enough to know it by."""
-    if not _TOKEN.fullmatch(secret):
-        return {form}
-    length = min(len(form), max(_MIN_PART_LENGTH, (len(form) + 1) // 2))
-    halves = {form[:length], form[-length:]}
-    return halves if all(map(_MIXED.match, halves)) else {form}
+def _halves(form: bytes, secret: str) -> set[bytes]:
+    """Its beginning and its end, if they are enough to know the secret by."""
+    middle = (len(secret) + 1) // 2
+    halves = (secret[:middle], secret[-middle:])
+    long = len(secret) >= _MIN_TOKEN_LENGTH and _TOKEN.fullmatch(secret)
+    if not long or not all(map(_RANDOM.search, halves)):
+        return set()
+    length = (len(form) + 1) // 2
+    return {form[:length], form[-length:]}
 
 
 def _grow(after: bytes, data: bytes, end: int) -> int:
     """How far the form goes on from here."""
-    for done, wanted in enumerate(after):
-        if data.startswith(after[done:], end):
-            return end + len(after) - done
-        match = _broken(wanted).match(data, end)
+    while after:
+        same = len(commonprefix([after, data[end : end + len(after)]]))  # noqa: RUF071 (as is meant)
+        end, after = end + same, after[same:]
+        match = _broken(after[0]).match(data, end) if after else None
         if match is None:
             break
-        end = match.end()
+        end, after = match.end(), after[1:]
     return end
 
 
 def _grow_back(before: bytes, data: bytes, start: int) -> int:
     """How far the form goes back from here."""
-    for left in range(len(before), 0, -1):
-        if data.endswith(before[:left], 0, start):
-            return start - left
-        match = _before_break(before[left - 1]).search(
-            data, max(0, start - 1 - _LONGEST_BREAK), start
-        )
+    while before:
+        near = data[max(0, start - len(before)) : start]
+        same = len(commonprefix([before[::-1], near[::-1]]))  # noqa: RUF071 (as is meant)
+        start, before = start - same, before[: len(before) - same]
+        if not before:
+            break
+        earliest = max(0, start - 1 - _LONGEST_BREAK)
+        match = _before_break(before[-1]).search(data, earliest, start)
         if match is None:
             break
-        start = match.start()
+        start, before = match.start(), before[:-1]
     return start
 
 

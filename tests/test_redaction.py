@@ -104,6 +104,7 @@ def test_what_secrets_share_with_others_is_no_secret() -> None:
         "/usr/local/sbin:/usr/local/bin:/usr/bin",
         "/opt/python3.11/lib/site-packages",
         "claude-opus-4-20250514",
+        "feature/2024-10-login-v2-for-the-new-pages",
         "the tests in the folder number 1 must pass",
     ],
 )
@@ -137,3 +138,33 @@ def test_secrets_of_the_characters_of_line_breaks_are_found(secret: str) -> None
     redactor = Redactor([secret])
     if len(secret.strip()) >= 6:
         assert secret.strip() not in redactor.text(f"a {secret} b")
+
+
+@pytest.mark.parametrize(
+    ("secret", "data"),
+    [
+        ("abcdefgh1234x++yzABC9876k", b"abcdefgh1234x\n++yzABC9876k"),
+        ("nrpass!word", rb"C:\\nrpass!word"),
+        ("Ab1" * 9 + "++" + "Cd2" * 9, b"Ab1" * 9 + b"\n++" + b"Cd2" * 9),
+    ],
+)
+def test_what_may_belong_to_a_line_break_hides_nothing(secret: str, data: bytes) -> None:
+    cleaned, found = Redactor([secret]).clean(data)
+    assert found
+    assert secret.encode()[-6:] not in cleaned
+
+
+def test_a_part_of_one_secret_takes_nothing_from_another() -> None:
+    one, other = f"q{LONG[14:60]}Super", "Super secret phrase 12345"
+    data = one[:-5] + other
+    assert "ecret phrase" not in Redactor([one, other]).text(data)
+
+
+@pytest.mark.parametrize("before", ["hello\n", "hello\t", "\x1b", "\\", "\\\\", '"'])
+@pytest.mark.parametrize("first", ["n", "t", "u001b", "1b"])
+def test_json_stays_json(before: str, first: str) -> None:
+    secret = first + LONG.replace("+", "n")
+    line = json.dumps({"a": before + secret, "b": before + secret[len(secret) // 2 :]})
+    cleaned = Redactor([secret]).text(line)
+    assert LONG[-20:] not in cleaned
+    assert set(json.loads(cleaned)) == {"a", "b"}

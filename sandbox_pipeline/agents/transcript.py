@@ -90,8 +90,10 @@ class TranscriptWriter:
 
     def _write(self) -> None:
         # No form of a secret can be in two lines of JSON: what is between them is no line break.
-        cleaned, leaked = self._redactor.clean(b"".join(self._waiting))
+        lines = b"".join(self._waiting)
         self._waiting.clear()
+        cleaned, leaked = self._redactor.clean(lines)
+        self._length += len(cleaned) - len(lines)
         self.leaked = self.leaked or leaked
         self._file.write(cleaned)
         self._file.flush()

@@ -23,7 +23,7 @@ from sandbox_pipeline.sandboxes.base import (
 )
 from sandbox_pipeline.sandboxes.local import LocalProvider
 
-CANARY = "sk-ant-canary-7f3a9c52e1d84b60"
+CANARY = "sk-ant-canary7f3a9c52e1d84b60d4e19f02c7a85b36"
 """A secret that may be found nowhere."""
 
 
