@@ -49,7 +49,7 @@ class CommandAgent:
             env=agent_env(task),
             idle_timeout_seconds=task.config.idle_timeout_seconds,
         )
-        last = ""
+        last = told = ""
         with TranscriptWriter(task.artifacts / "transcript.jsonl", task.redactor) as transcript:
             transcript.add("prompt", task.prompt)
 
@@ -62,14 +62,20 @@ class CommandAgent:
 
             with OutputLog(task.artifacts, task.redactor, on_lines) as log:
 
+                async def tell() -> None:
+                    nonlocal told
+                    if last != told:
+                        told = last
+                        await reporter.progress(last.strip())
+
                 async def on_output(stream: str, chunk: bytes) -> None:
                     with transcript.many():
                         await log.feed(stream, chunk)
-                    if last:
-                        await reporter.progress(last.strip())
+                    await tell()
 
                 finished = await run_detached(sandbox, job_of(task.attempt), job, on_output)
                 log.finish()
+                await tell()
             report = parse_usage(task.config.usage_format, _end_of_output(task))
             result = _result(finished, argv[0], last.strip()[-500:], task.config)
             result = result.model_copy(

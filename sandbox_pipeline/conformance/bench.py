@@ -23,7 +23,7 @@ from sandbox_pipeline.sandboxes.base import (
 )
 from sandbox_pipeline.sandboxes.local import LocalProvider
 
-CANARY = "sk-ant-canary7f3a9c52e1d84b60d4e19f02c7a85b36"
+CANARY = "sk-canary7f3a9c52e1d84b60d4e19f0"
 """A secret that may be found nowhere."""
 
 
