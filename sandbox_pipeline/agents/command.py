@@ -49,7 +49,7 @@ class CommandAgent:
             env=agent_env(task),
             idle_timeout_seconds=task.config.idle_timeout_seconds,
         )
-        last = told = ""
+        last = ""
         with TranscriptWriter(task.artifacts / "transcript.jsonl", task.redactor) as transcript:
             transcript.add("prompt", task.prompt)
 
@@ -63,9 +63,7 @@ class CommandAgent:
             with OutputLog(task.artifacts, task.redactor, on_lines) as log:
 
                 async def tell() -> None:
-                    nonlocal told
-                    if last != told:
-                        told = last
+                    if last:
                         await reporter.progress(last.strip())
 
                 async def on_output(stream: str, chunk: bytes) -> None:
