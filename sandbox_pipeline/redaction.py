@@ -37,7 +37,7 @@ _ESCAPED = b'"\\/bfnrtu'
 class Redactor:
     """Replaces secrets: plain, URL-encoded, and in base64 at any alignment, wrapped or not.
 
-    A token that was cut short is replaced too, as long as its first or its last half is there.
+    A long key that was cut short is replaced too, as long as its first or its last half is there.
 
     Args:
         secrets: the values; shorter ones than `MIN_SECRET_LENGTH` are ignored, since they
@@ -61,8 +61,7 @@ class Redactor:
     def clean(self, data: bytes) -> tuple[bytes, bool]:
         """The data without secrets, and whether there were any."""
         stream = self.stream()
-        cleaned = stream.feed(data) + stream.finish()
-        return cleaned, stream.leaked
+        return stream.finish(data), stream.leaked
 
     def text(self, text: str) -> str:
         """The text without secrets."""
@@ -88,20 +87,21 @@ class RedactedStream:
         data = self._held + chunk
         return self._clean(data, until=max(0, len(data) - self._forms.longest))
 
-    def finish(self) -> bytes:
-        """The rest, once no more comes."""
-        return self._clean(self._held, until=len(self._held))
+    def finish(self, last: bytes = b"") -> bytes:
+        """The rest, once no more comes than this."""
+        data = self._held + last
+        return self._clean(data, until=len(data))
 
     def _clean(self, data: bytes, *, until: int) -> bytes:
         """The data up to there without what is found to begin there; the rest is held."""
         out: list[bytes] = []
         position = 0
         for start, end in self._forms.find(data):
-            if start < until and end > position:
-                begin = max(start, position)
-                out += (data[position:begin], _mark(data[begin:end]))
-                position = end
-                self.leaked = True
+            if start >= until:
+                break
+            out += (data[position:start], _mark(data[start:end]))
+            position = end
+            self.leaked = True
         end = max(until, position)
         out.append(data[position:end])
         self._held = data[end:]
@@ -130,7 +130,7 @@ class _FormFinder:
         ]
 
     def find(self, data: bytes) -> list[tuple[int, int]]:
-        """Where they begin and end, in order."""
+        """Where they begin and end, in order; none overlaps another."""
         if not self._parts:
             return []
         hay = _hay(data)
